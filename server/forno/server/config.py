@@ -1,0 +1,171 @@
+"""Every setting of the server, typed, with its unit in its name. Read once at start, never changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# Numbers are strict, so that `true` is not 1 and a quoted "8" is not 8.
+Rows = Annotated[int, Field(strict=True, ge=1, le=65536)]
+Bytes = Annotated[int, Field(strict=True, ge=1024, le=2**31 - 1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused.
+
+    The text below a field is its documentation: `forno help settings` reads it from this file, only when
+    asked, because pydantic's own reading of it would cost every start 10 ms. Numbers become text where text
+    is expected, so that a version may be written 3 as well as "3".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class BatchingSettings(Settings):
+    """How requests to one model are grouped."""
+
+    enabled: bool | None = None
+    """Whether rows of different requests run together; unset = found from the model and proven at warm-up."""
+    max_rows: Rows = 32
+    """Most rows of one run."""
+    max_delay_us: Annotated[int, Field(strict=True, ge=0, le=10_000_000)] = 0
+    """Longest wait for company, in microseconds; 0 = a free engine never waits: requests group while it is
+    busy."""
+    max_pending_rows: Rows = 4096
+    """Most rows that may wait; a request over it is refused with RESOURCE_EXHAUSTED. A single larger request
+    still enters an empty queue."""
+
+
+class OnnxSettings(Settings):
+    """The ONNX Runtime engine."""
+
+    intra_op_threads: Annotated[int, Field(strict=True, ge=0, le=1024)] = 0
+    """Threads that share one run; 0 = all cores, or 1 where the model is found to be small at warm-up."""
+    spin: bool = False
+    """Whether idle threads of the engine spin: lower latency, a core lost."""
+
+
+class NullSettings(Settings):
+    """The null engine: answers its inputs, after a delay. To test and to measure all but the model."""
+
+    delay_us: Annotated[int, Field(strict=True, ge=0, le=60_000_000)] = 0
+    """How long each run takes, in microseconds."""
+    shape: tuple[Annotated[int, Field(strict=True, ge=-1)], ...] = (-1, -1)
+    """Shape of its one input `x` and one output `y`, -1 for any size; the first dimension counts rows."""
+    data_type: str = "float32"
+    """Element type of both."""
+
+
+class ModelSettings(Settings):
+    """One model: what `model.yaml` beside it holds, or an entry of `models` in forno.yaml."""
+
+    path: Path | None = None
+    """File, version folder or model folder, relative to the file that says so; unset in a `model.yaml`."""
+    engine: Literal["onnx", "null"] | None = None
+    """What runs it; unset = found from the file."""
+    versions: Annotated[int, Field(strict=True, ge=1)] | tuple[str, ...] = 1
+    """How many of the newest versions are served, or exactly which."""
+    labels: dict[str, str] = {}
+    """Label -> version, such as {stable: "3"}; a label is a name that can move from version to version."""
+    batching: BatchingSettings = BatchingSettings()
+    """How its requests are grouped."""
+    onnx: OnnxSettings = OnnxSettings()
+    """Settings of the ONNX Runtime engine."""
+    null: NullSettings = NullSettings()
+    """Settings of the null engine."""
+    inline_below_us: Annotated[int, Field(strict=True, ge=0, le=100_000)] = 150
+    """A model whose full batch ran faster than this at warm-up, in microseconds, runs on the event loop
+    itself, where a hop to a thread would cost more than the run; 0 = always on a thread of its own."""
+
+
+class EndpointSettings(Settings):
+    """A named endpoint over a model: JSON-friendly values in and out."""
+
+    model: str
+    """The model that answers."""
+    version: str = ""
+    """The version that answers; empty = the default one. Not together with `label`."""
+    label: str = ""
+    """The label whose version answers."""
+    input: dict[str, object] = {}
+    """How the body becomes tensors: `codec` (`text`, `image`, `tensors`) and that codec's own settings."""
+    output: dict[str, object] = {}
+    """How tensors become the answer: `codec` (`label`, `tensors`) and that codec's own settings."""
+
+    @model_validator(mode="after")
+    def _one_selector(self) -> EndpointSettings:
+        if self.version and self.label:
+            raise ValueError(f"`version` {self.version} or `label` {self.label}, not both")
+        return self
+
+
+class ServerSettings(Settings):
+    """The process: where it listens and what it allows."""
+
+    address: str = "127.0.0.1:8080"
+    """HOST:PORT for gRPC and REST alike; port 0 = any free one."""
+    transport: Literal["envoy", "proxy", "grpc"] = "envoy"
+    """`envoy`: servicers inside Envoy. `proxy`: plain gRPC behind a separate Envoy. `grpc`: plain gRPC
+    without REST."""
+    max_message_bytes: Bytes = 64 * 1024 * 1024
+    """Largest request or response message."""
+    drain_s: Annotated[float, Field(strict=True, ge=0, le=3600)] = 10.0
+    """Longest wait for calls in flight at shutdown, in seconds."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What the log shows."""
+    log_format: Literal["auto", "text", "json"] = "auto"
+    """`auto`: text on a terminal, JSON lines otherwise."""
+    envoy_threads: Annotated[int, Field(strict=True, ge=1, le=256)] = 1
+    """Envoy worker threads."""
+
+    @field_validator("address")
+    @classmethod
+    def _listenable(cls, address: str) -> str:
+        split_address(address)
+        return address
+
+
+class TelemetrySettings(Settings):
+    """OpenTelemetry; all of it off by default."""
+
+    otlp_endpoint: str = ""
+    """Where traces and metrics go, such as http://127.0.0.1:4317 (OTLP over gRPC); empty = nowhere."""
+    traces: bool = True
+    """Whether spans of sampled calls are sent when `otlp_endpoint` is set."""
+    sample_ratio: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+    """Share of calls without a `traceparent` of their own that are traced."""
+    metrics_interval_s: Annotated[float, Field(strict=True, ge=0, le=3600)] = 0.0
+    """Seconds between metric exports by OTLP; 0 = metrics are not exported that way."""
+
+
+class Config(Settings):
+    """All of it: what forno.yaml holds."""
+
+    server: ServerSettings = ServerSettings()
+    """The process."""
+    models: dict[str, ModelSettings] = {}
+    """Models by name."""
+    endpoints: dict[str, EndpointSettings] = {}
+    """Named endpoints by path, such as `spam/detect`."""
+    telemetry: TelemetrySettings = TelemetrySettings()
+    """Traces and exported metrics."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT; an IPv6 host stands in brackets, and comes without them.
+
+    Raises:
+        ValueError: It is not of that form; the text says what is expected.
+    """
+    host, colon, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not (host and colon and port.isascii() and port.isdecimal() and int(port) <= 65535):
+        raise ValueError(
+            "HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080"
+        )
+    return host, int(port)

@@ -1,0 +1,66 @@
+"""Every way a request can end badly, placed on its path.
+
+    decode -> look up -> validate -> queue -> run -> encode
+      |         |           |          |       |
+      |         |           |          |       +-- EngineFailed         the run itself went wrong
+      |         |           |          +---------- Overloaded           no room, or no chance to be in time
+      |         |           |          +---------- DeadlineExceeded     its time ran out before it ran
+      |         |           +--------------------- InvalidArgument      the request does not fit the signature
+      |         +--------------------------------- NotFound, NotReady   no such model; there, but not ready to serve
+      +------------------------------------------- InvalidArgument      not readable at all
+
+What each becomes on the wire is decided in one table, `servicers/status.py`. `ConfigError` never reaches a caller: it
+stops the start of the server.
+"""
+
+from __future__ import annotations
+
+
+class FornoError(Exception):
+    """Base of all errors below; its text is safe to show to a caller."""
+
+
+class InvalidArgument(FornoError):
+    """The request is wrong. The message says where, what was seen and what was expected.
+
+    Args:
+        message: What to tell the caller.
+        field: Path of the wrong field, such as "inputs[0].shape"; empty if it is the whole request.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class NotFound(FornoError):
+    """No model, version, label or endpoint of that name."""
+
+
+class NotReady(FornoError):
+    """The model exists but cannot serve now: loading, draining or failed."""
+
+
+class Overloaded(FornoError):
+    """Refused without having waited.
+
+    Args:
+        message: Which limit was met.
+        retry_after_s: When a place is expected to be free, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(FornoError):
+    """The caller's deadline or queue timeout passed before the request ran."""
+
+
+class EngineFailed(FornoError):
+    """The engine raised while running a batch; the message carries an id that is in the log, and no internals."""
+
+
+class ConfigError(FornoError):
+    """The server cannot start as asked: a setting, a path or a model file is wrong. Never sent to a caller."""

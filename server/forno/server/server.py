@@ -1,0 +1,154 @@
+"""The life of a server, in order: load, warm up, SERVING, wait, NOT_SERVING, drain, close."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
+
+from forno.server import endpoints
+from forno.server.cli import banner
+from forno.server.metrics import Metrics
+from forno.server.model import Model
+from forno.server.registry import Registry
+from forno.server.servicers.predictor import PredictorServicer
+from forno.server.servicers.rest import RestServicer
+from forno.server.telemetry import Telemetry
+from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from forno.server.config import Config
+    from forno.server.repository import ModelSpec
+
+log = logging.getLogger("forno")
+
+SERVICE = predictor_pb2.DESCRIPTOR.services_by_name["Predictor"].full_name
+
+
+class Host(Protocol):
+    """A transport: how calls reach the servicers."""
+
+    @property
+    def grpc(self) -> Any:
+        """What generated `add_XServicer_to_server` functions are given."""
+
+    async def start(self) -> int:
+        """Opens the doors; returns the port where it is the host that knows it, else 0."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets those in flight end, cuts off what is left after `grace_s`."""
+
+
+class Server:
+    """Models, endpoints and servicers on one transport. One a process; event loop only; ends when `run` returns.
+
+    Args:
+        config: All settings.
+        specs: The models to serve.
+        address: HOST:PORT for people, with the port that was asked for.
+        rest: Whether REST is served at that address.
+        show: Prints a text for people; None = print nothing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        specs: Sequence[ModelSpec],
+        address: str,
+        *,
+        rest: bool,
+        show: Callable[[str], None] | None = print,
+    ) -> None:
+        self._config = config
+        self._address = address
+        self._rest = rest
+        self._show = show or (lambda _text: None)
+        self.metrics = Metrics()
+        self.registry = Registry()
+        for spec in specs:
+            model_metrics = self.metrics.model(spec.name, spec.version)
+            model = Model(spec.name, spec.version, spec.path, spec.settings, model_metrics)
+            self.registry.add(model)
+            for label, version in spec.settings.labels.items():
+                if version == spec.version:
+                    self.registry.set_label(spec.name, label, version)
+        self._endpoints = endpoints.build(config, self.registry)
+        self._health = health.aio.HealthServicer()
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Begins the end: `run` drains and returns."""
+        self._stop.set()
+
+    async def run(self, host: Host, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serves until `stop`.
+
+        Raises:
+            ConfigError: A model cannot be loaded, or the address cannot be listened on.
+        """
+        telemetry = Telemetry.start(self._config.telemetry, self.metrics)
+        self._mount(host, telemetry)
+        self.metrics.watch(self._gauges)
+        await self._set_health(serving=False)
+        port = await host.start()
+        export = asyncio.create_task(telemetry.export_metrics()) if telemetry else None
+        try:
+            await self._load()
+            await self._set_health(serving=True)
+            if port:
+                self._address = f"{self._address.rpartition(':')[0]}:{port}"
+            self._show(banner.render(self._address, self._rest, self.registry.models(), self._endpoints.values()))
+            on_ready()
+            await self._stop.wait()
+        finally:
+            await self._health.enter_graceful_shutdown()
+            await host.stop(self._config.server.drain_s)
+            for model in self.registry.models():
+                await model.close(0.0)
+            if telemetry and export:
+                export.cancel()
+                await telemetry.close(2.0)
+
+    def _mount(self, host: Host, telemetry: Telemetry | None) -> None:
+        """Adds every servicer to the transport."""
+        predictor = PredictorServicer(self.registry, self._endpoints, telemetry=telemetry)
+        predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
+        rest_pb2_grpc.add_RestServicer_to_server(
+            RestServicer(self.registry, self._endpoints, self.metrics), host.grpc
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), host.grpc)
+
+    async def _load(self) -> None:
+        """Loads and warms up every model, one after another: each may use all cores."""
+        for model in self.registry.models():
+            began = time.monotonic()
+            await model.load()
+            self._show(banner.loaded(model, time.monotonic() - began))
+        gc.collect()
+        gc.freeze()  # what start-up has made stays; the collector need not walk it again
+
+    async def _set_health(self, *, serving: bool) -> None:
+        """Tells grpc.health.v1: the whole server as "", the service, and each model by name."""
+        statuses = health_pb2.HealthCheckResponse
+        state = statuses.SERVING if serving else statuses.NOT_SERVING
+        for name in {"", SERVICE, *(model.name for model in self.registry.models())}:
+            await self._health.set(name, state)
+
+    def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:
+        for model in self.registry.models():
+            labels = {"model": model.name, "version": model.version}
+            statistics = model.statistics()
+            yield "forno_pending_requests", labels, statistics.pending_requests
+            yield "forno_pending_rows", labels, statistics.pending_rows
+            yield "forno_running_rows", labels, statistics.running_rows
+            yield "forno_model_state", {**labels, "state": model.state.name.lower()}, 1.0

@@ -1,0 +1,129 @@
+"""What a model takes and gives: names, element types, shapes, and which axis counts rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from forno.server.errors import InvalidArgument
+from forno.v1 import tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]  # -1 where any size is accepted; shape[0] counts rows where the model is batched
+    dim_names: tuple[str, ...] = ()  # the model's own names of its dimensions, "" where it has none
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if size < 0 else str(size) for size in self.shape)
+        return f"{tensors.name_of(self.dtype)}[{dims}]"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of a model, in the model's order. Immutable; any thread."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batched: bool  # axis 0 of every input and output counts independent rows
+
+    @cached_property
+    def inputs_by_name(self) -> dict[str, TensorSpec]:
+        """The inputs by name."""
+        return {spec.name: spec for spec in self.inputs}
+
+    def arrange(self, arrays: Mapping[str, Array]) -> tuple[Array, ...]:
+        """The given arrays in the signature's order.
+
+        Raises:
+            InvalidArgument: An input is missing or unknown.
+        """
+        try:
+            ordered = tuple([arrays[spec.name] for spec in self.inputs])
+        except KeyError:
+            ordered = ()
+        if len(ordered) != len(self.inputs) or len(arrays) != len(ordered):
+            raise self._names_wrong(arrays)
+        return ordered
+
+    def validate(self, arrays: Sequence[Array]) -> int:
+        """Checks arrays in the signature's order and counts their rows.
+
+        Returns:
+            Rows of the request; 1 where the model is not batched.
+
+        Raises:
+            InvalidArgument: An element type, rank or dimension does not fit, or the request has no rows.
+        """
+        rows = -1
+        for spec, array in zip(self.inputs, arrays, strict=True):
+            shape = array.shape
+            if array.dtype != spec.dtype:
+                raise InvalidArgument(
+                    f"input '{spec.name}': element type is {tensors.name_of(array.dtype)}, expected {spec}",
+                    f"inputs[{spec.name}].data_type",
+                )
+            if shape != spec.shape:
+                self._check_shape(spec, shape)
+            if self.batched:
+                if rows < 0:
+                    rows = shape[0]
+                elif rows != shape[0]:
+                    raise InvalidArgument(
+                        f"input '{spec.name}': {shape[0]} rows, but input '{self.inputs[0].name}' has {rows}",
+                        f"inputs[{spec.name}].shape",
+                    )
+        if rows == 0:
+            raise InvalidArgument("the request has no rows: dimension 0 is 0, expected at least 1", "inputs")
+        return rows if self.batched and self.inputs else 1
+
+    def output_indexes(self, names: Sequence[str]) -> tuple[int, ...] | None:
+        """Positions of the outputs asked for; None for all of them.
+
+        Raises:
+            InvalidArgument: The model has no output of that name.
+        """
+        if not names:
+            return None
+        known = [spec.name for spec in self.outputs]
+        for name in names:
+            if name not in known:
+                raise InvalidArgument(f"output '{name}' is unknown; this model has {_listed(known)}", "outputs")
+        return tuple(known.index(name) for name in names)
+
+    @staticmethod
+    def _check_shape(spec: TensorSpec, shape: tuple[int, ...]) -> None:
+        fits = len(shape) == len(spec.shape) and all(
+            want in (-1, have) for have, want in zip(shape, spec.shape, strict=True)
+        )
+        if not fits:
+            what = "shape" if len(shape) == len(spec.shape) else "rank"
+            raise InvalidArgument(
+                f"input '{spec.name}': {what} of {list(shape)} does not fit, expected {spec}",
+                f"inputs[{spec.name}].shape",
+            )
+
+    def _names_wrong(self, arrays: Mapping[str, Array]) -> InvalidArgument:
+        known = [spec.name for spec in self.inputs]
+        missing = [name for name in known if name not in arrays]
+        extra = [name for name in arrays if name not in known]
+        text = "; ".join(
+            [f"input '{name}' is missing" for name in missing] + [f"input '{name}' is unknown" for name in extra]
+        )
+        return InvalidArgument(f"{text}; this model takes {_listed(known)}", "inputs")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"

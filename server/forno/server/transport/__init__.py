@@ -1,0 +1,1 @@
+"""How bytes arrive: gRPC inside Envoy (`envoy/`), or on its own (`aio.py`)."""

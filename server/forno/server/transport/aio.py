@@ -1,0 +1,136 @@
+"""The plain gRPC server: `grpc.aio` and nothing else in the process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from forno.server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    CountRpcs = Callable[[str, str, int], None]
+
+_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+class AioHost:
+    """Servicers on `grpc.aio`. Owned by the server; event loop only; ends when `stop` returns.
+
+    Args:
+        target: Where to listen: HOST:PORT, or unix:PATH.
+        max_message_bytes: Largest request or response message.
+        count_rpcs: Told of ended calls: path, status name, how many.
+    """
+
+    def __init__(self, target: str, max_message_bytes: int, count_rpcs: CountRpcs) -> None:
+        self._target = target
+        self.grpc = grpc.aio.server(
+            interceptors=[_CountCalls(count_rpcs)],
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),  # two servers on one port would silently share its connections
+            ],
+        )
+        """What generated `add_XServicer_to_server` functions are given."""
+
+    async def start(self) -> int:
+        """Opens the doors.
+
+        Returns:
+            The port; 0 for a Unix socket.
+
+        Raises:
+            ConfigError: The address cannot be listened on.
+        """
+        try:
+            port = self.grpc.add_insecure_port(self._target)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self._target}: the port is taken, or is not ours ({error})") from None
+        await self.grpc.start()
+        return 0 if self._target.startswith("unix:") else port
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets those in flight end, cuts off what is left after `grace_s`."""
+        await self.grpc.stop(grace_s)
+
+
+class _CountCalls(grpc.aio.ServerInterceptor):
+    """Counts calls by method and status."""
+
+    def __init__(self, count_rpcs: CountRpcs) -> None:
+        self._count_rpcs = count_rpcs
+        self._wrapped: dict[str, Any] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        path = handler_call_details.method
+        wrapped = self._wrapped.get(path)
+        if wrapped is None:
+            handler: Any = await continuation(handler_call_details)
+            if handler is None:
+                self._count_rpcs(path, "UNIMPLEMENTED", 1)
+                return None
+            wrapped = self._wrapped[path] = self._wrap(handler, path)
+        return wrapped
+
+    def _wrap(self, handler: Any, path: str) -> Any:
+        behavior: Callable[..., Any]
+        if handler.response_streaming:
+            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+        else:
+            behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            make = (
+                grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+            )
+
+        async def call(request: Any, context: Any) -> Any:
+            name = ""
+            try:
+                return await behavior(request, context)
+            except BaseException as error:
+                name = _error_name(error, context)
+                raise
+            finally:
+                self._count_rpcs(path, name or _status_name(context), 1)
+
+        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+            name = ""
+            try:
+                async for response in behavior(request, context):
+                    yield response
+            except BaseException as error:
+                name = _error_name(error, context)
+                raise
+            finally:
+                self._count_rpcs(path, name or _status_name(context), 1)
+
+        return make(  # type: ignore[operator]
+            generate if inspect.isasyncgenfunction(behavior) else call,
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+def _status_name(context: Any) -> str:
+    code = context.code()
+    return "OK" if not code else _NAMES.get(code, "UNKNOWN") if isinstance(code, int) else code.name
+
+
+def _error_name(error: BaseException, context: Any) -> str:
+    if isinstance(error, grpc.aio.AbortError):
+        return _status_name(context)
+    return "CANCELLED" if isinstance(error, (asyncio.CancelledError, GeneratorExit)) else "UNKNOWN"

