@@ -41,7 +41,7 @@ def serve(config: Config, paths: Sequence[str]) -> int:
     if transport == "envoy":
         reason = supervisor.why_not_inside()
         if not reason:
-            status, message = supervisor.serve_inside(config, paths, host, port, logs.envoy_line)
+            status, message = supervisor.serve_inside(config, paths, host, port, logs.EnvoyLog().line)
             if message:
                 print(f"forno: {message}", file=sys.stderr)  # noqa: T201
             return status
@@ -73,7 +73,7 @@ async def _serve_proxy(config: Config, paths: Sequence[str], host: str, port: in
         paths,
         f"{host}:{port}",
         rest=True,
-        make=lambda count: ProxyHost(config, host, port, count, logs.envoy_line),
+        make=lambda count: ProxyHost(config, host, port, count, logs.EnvoyLog().line),
     )
 
 

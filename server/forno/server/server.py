@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,7 +106,11 @@ class Server:
             await self._set_health(serving=True)
             if port:
                 self._address = f"{self._address.rpartition(':')[0]}:{port}"
-            self._show(banner.render(self._address, self._rest, self.registry.models(), self._endpoints.values()))
+            colour = sys.stdout.isatty()
+            models, named = self.registry.models(), self._endpoints.values()
+            self._show(
+                banner.render(self._address, self._rest, models, named, colour, settings=self._config.endpoints)
+            )
             on_ready()
             await self._stop.wait()
         finally:
@@ -119,7 +124,7 @@ class Server:
 
     def _mount(self, host: Host, telemetry: Telemetry | None) -> None:
         """Adds every servicer to the transport."""
-        predictor = PredictorServicer(self.registry, self._endpoints, telemetry=telemetry)
+        predictor = PredictorServicer(self.registry, self._endpoints)
         predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
         rest_pb2_grpc.add_RestServicer_to_server(
             RestServicer(self.registry, self._endpoints, self.metrics), host.grpc

@@ -89,7 +89,12 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
                     raise InvalidArgument("the call has no input; set `value` or `body`", "input")
             reply = await endpoint.invoke(payload, expires_us=self._expiry_us(context.time_remaining()))
             response = predictor_pb2.InvokeResponse(
-                model=reply.model, version=reply.version, request_id=request.request_id, timings=reply.timings_message()
+                model=reply.model,
+                version=reply.version,
+                request_id=request.request_id,
+                timings=predictor_pb2.Timings(
+                    queue_us=reply.queue_us, compute_us=reply.compute_us, batch_rows=reply.batch_rows
+                ),
             )
             json_format.ParseDict(reply.value, response.output)
             return response

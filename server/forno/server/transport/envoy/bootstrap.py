@@ -136,22 +136,30 @@ def _connection_manager(listener: Listener, end: ModuleEnd | RouterEnd) -> dict[
                     "name": "all",
                     "domains": ["*"],
                     "request_body_buffer_limit": listener.max_message_bytes,
-                    "routes": [
-                        {
-                            "match": {"prefix": "/"},
-                            "route": {
-                                "cluster": "servicers",
-                                "timeout": "0s",
-                                # Envoy keeps the deadline of each call: no timer per call in Python.
-                                "max_stream_duration": {"grpc_timeout_header_max": f"{_MAX_STREAM_S}s"},
-                            },
-                        }
-                    ],
+                    "routes": _routes(end),
                 }
             ],
         },
         "http_filters": [_transcoder(listener), _end_filter(end)],
     }
+
+
+def _routes(end: ModuleEnd | RouterEnd) -> list[dict[str, Any]]:
+    call: dict[str, Any] = {
+        "match": {"prefix": "/"},
+        "route": {
+            "cluster": "servicers",
+            "timeout": "0s",
+            # Envoy keeps the deadline of each call: no timer per call in Python.
+            "max_stream_duration": {"grpc_timeout_header_max": f"{_MAX_STREAM_S}s"},
+        },
+    }
+    if isinstance(end, ModuleEnd):
+        return [call]
+    # What is no gRPC call by now is no path that the transcoder knows; the module says so itself.
+    call["match"]["headers"] = [{"name": "content-type", "string_match": {"prefix": "application/grpc"}}]
+    unknown = {"status": 404, "body": {"inline_string": "no such path"}}
+    return [call, {"match": {"prefix": "/"}, "direct_response": unknown}]
 
 
 def _transcoder(listener: Listener) -> dict[str, Any]:

@@ -14,10 +14,19 @@ class UnknownEncodingError(ValueError):
     """The encoding is none of those that gRPC defines here."""
 
 
+class TooLargeError(ValueError):
+    """The message is over the limit."""
+
+
 def set_limit(limit_bytes: int) -> None:
-    """Sets the largest message that may come out of a compressed one."""
+    """Sets the largest message, as it is before compression."""
     global _limit_bytes  # noqa: PLW0603  (one server a process; set once at start)
     _limit_bytes = limit_bytes
+
+
+def limit_bytes() -> int:
+    """The largest message."""
+    return _limit_bytes
 
 
 def decompress(data: bytes, encoding: str) -> bytes:
@@ -25,17 +34,18 @@ def decompress(data: bytes, encoding: str) -> bytes:
 
     Raises:
         UnknownEncodingError: The encoding is not supported.
-        ValueError: The data is broken, or holds more than the message limit.
+        TooLargeError: It is larger than the message limit.
+        ValueError: The data is broken.
     """
     if encoding not in _WBITS:
         raise UnknownEncodingError(encoding)
     stream = zlib.decompressobj(_WBITS[encoding])
     try:
-        message = stream.decompress(data, _limit_bytes)
+        message = stream.decompress(data, _limit_bytes + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from None
-    if stream.unconsumed_tail:
-        raise ValueError(f"it holds more than {_limit_bytes} bytes (server.max_message_bytes)")
+    if len(message) > _limit_bytes:
+        raise TooLargeError(f"it holds more than {_limit_bytes} bytes (server.max_message_bytes)")
     if not stream.eof:
         raise ValueError("it ends too early")
     return message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import logging
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,19 +11,22 @@ from urllib.parse import quote
 
 import grpc
 
-from forno.server.transport.envoy import compression
+from forno.server.transport.envoy import compression, metadata
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from forno.server.transport.envoy.calls import Call
+    from forno.server.transport.envoy.metadata import MetadataPair
 
-    MetadataPair = tuple[str, str | bytes]
+log = logging.getLogger("forno.transport")
 
 HIGH_WATER_BYTES = 1 << 20
 """A writer waits once so much of what it wrote has not left for the client."""
 
-_NOT_METADATA = frozenset(("grpc-encoding", "grpc-accept-encoding"))
+MESSAGES_A_TURN = 64
+"""How many messages of one call are read or written before other calls get a turn."""
+
 _PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
@@ -41,16 +44,19 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._call = call
         self._decode = decode
         self._encode = encode
-        self._code: grpc.StatusCode | int | None = None
+        self._code: grpc.StatusCode | None = None
         self._details = ""
         self._trailing: tuple[MetadataPair, ...] = ()
+        self._trailing_fields: list[tuple[str, str]] = []
+        self._aborted = False
         self.headers_sent = False
         self._compress: str | None = None
         self._compress_next = True
         self._inbox: deque[tuple[bytes, bool]] = deque()
         self._half_closed = False
         self._waiter: asyncio.Future[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
+        self._writers: list[asyncio.Future[None]] = []
+        self._turn = 0
         self._metadata: tuple[tuple[str, str], ...] | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._cancelled = False
@@ -70,32 +76,36 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
 
     def on_writable(self) -> None:
         """What was written has left."""
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            if not writer.done():
+                writer.set_result(None)
 
     def on_cancel(self) -> None:
         """The caller has gone."""
         self._cancelled = True
 
-    def finish(self, code: grpc.StatusCode | int | None = None, details: str | None = None) -> str:
+    def finish(self, code: grpc.StatusCode | None = None, details: str | None = None) -> str:
         """Sends the status, once.
 
         Returns:
             The status' name, such as "OK".
         """
-        chosen = code if code is not None else self._code if self._code is not None else grpc.StatusCode.OK
-        number = chosen if isinstance(chosen, int) else chosen.value[0]
+        chosen = code or self._code or grpc.StatusCode.OK
         text = self._details if details is None else details
-        self._call.send_status(number, quote(text, safe=_PRINTABLE), _wire_metadata(self._trailing))
+        self._call.send_status(chosen.value[0], quote(text, safe=_PRINTABLE, errors="replace"), self._trailing_fields)
         self.close()
-        return _NAMES.get(number, "UNKNOWN")
+        return str(chosen.name)
 
     def close(self) -> None:
         """Runs the done callbacks, once."""
         if not self._done:
             self._done = True
             for callback in self._callbacks:
-                callback(self)
+                try:
+                    callback(self)
+                except Exception:
+                    log.exception("a done callback raised")
 
     @property
     def plain(self) -> bool:
@@ -112,13 +122,13 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         try:
             return compression.decompress(message, encoding)
         except compression.UnknownEncodingError:
-            self._code, self._details = (
-                grpc.StatusCode.UNIMPLEMENTED,
-                f"grpc-encoding '{encoding}' is not supported; supported: {compression.SUPPORTED}",
-            )
+            self._trailing_fields.append(("grpc-accept-encoding", compression.SUPPORTED))
+            text = f"grpc-encoding '{encoding}' is not supported; supported: {compression.SUPPORTED}"
+            raise self._refusal(grpc.StatusCode.UNIMPLEMENTED, text) from None
+        except compression.TooLargeError as error:
+            raise self._refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message is too large: {error}") from None
         except ValueError as error:
-            self._code, self._details = grpc.StatusCode.INTERNAL, f"the message is not valid {encoding}: {error}"
-        raise Aborted
+            raise self._refusal(grpc.StatusCode.INTERNAL, f"the message is not valid {encoding}: {error}") from None
 
     async def read(self) -> Any:
         """The next request of the stream, or `grpc.aio.EOF`."""
@@ -132,6 +142,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
                 self._waiter = None
         message, compressed = self._inbox.popleft()
         self._call.consumed(len(message))
+        await self._breathe()
         return self.decode(message, compressed)
 
     def decode(self, message: bytes, compressed: int) -> Any:
@@ -145,8 +156,8 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         try:
             return self._decode(message)
         except Exception as error:
-            self._code, self._details = grpc.StatusCode.INTERNAL, "Exception deserializing request!"
-            raise Aborted from error
+            text = f"the request is not a message of the type that this method takes: {error}"
+            raise self._refusal(grpc.StatusCode.INTERNAL, text) from error
 
     async def requests(self) -> AsyncIterator[Any]:
         """The request stream as an iterator."""
@@ -157,27 +168,49 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Sends one response; waits while the client reads more slowly than the handler writes."""
         if self._done:
             raise asyncio.InvalidStateError("the call has ended")
+        if self._aborted:  # and the handler has caught that
+            raise self._refusal(self._code or grpc.StatusCode.UNKNOWN, self._details)
+        data = self._encode(message)
         if not self.headers_sent:
             await self.send_initial_metadata(())
-        self.send(self._encode(message))
+        self.send(data)
         if self._call.pending_bytes > HIGH_WATER_BYTES and self._call.notify_writable():
-            self._writable = asyncio.get_running_loop().create_future()
-            await self._writable
+            writer = asyncio.get_running_loop().create_future()
+            self._writers.append(writer)
+            await writer
+        else:
+            await self._breathe()
 
     def send(self, data: bytes) -> None:
-        """Hands one serialized response to Envoy."""
+        """Hands one serialized response to Envoy.
+
+        Raises:
+            Aborted: It is over the message limit.
+        """
+        self.check_size(data)
         if self._compress and self._compress_next:
             self._call.send_message(compression.compress(data, self._compress), True)
         else:
             self._call.send_message(data)
         self._compress_next = True
 
+    def check_size(self, data: bytes) -> None:
+        """Refuses a response that is over the message limit.
+
+        Raises:
+            Aborted: It is.
+        """
+        limit_bytes = compression.limit_bytes()
+        if len(data) > limit_bytes:
+            text = f"the response has {len(data)} bytes, the limit is {limit_bytes} (server.max_message_bytes)"
+            raise self._refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
     async def send_initial_metadata(self, initial_metadata: Iterable[MetadataPair]) -> None:
         """Sends the response headers; at most once, before the first message."""
         if self.headers_sent:
             raise RuntimeError("Send initial metadata failed: already sent")
+        pairs = metadata.to_wire(initial_metadata)
         self.headers_sent = True
-        pairs = _wire_metadata(initial_metadata)
         if self._compress:
             pairs.append(("grpc-encoding", self._compress))
         self._call.send_headers(pairs)
@@ -188,36 +221,40 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Ends the call with an error status by raising through the handler."""
         if code is grpc.StatusCode.OK:
             code, details = grpc.StatusCode.UNKNOWN, ""
-        self._code, self._details = code, details
-        trailing = tuple(trailing_metadata)
-        if trailing:
-            self._trailing = trailing
-        raise Aborted("Locally aborted.")
+        if trailing := tuple(trailing_metadata):
+            self.set_trailing_metadata(trailing)
+        raise self._refusal(code, details)
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        """Ends the call with a status and its details, such as `rpc_status.to_status` makes."""
+        await self.abort(status.code, status.details, status.trailing_metadata or ())
 
     def set_trailing_metadata(self, trailing_metadata: Iterable[MetadataPair]) -> None:
         """Sets what travels with the status."""
-        self._trailing = tuple(trailing_metadata)
+        trailing = tuple(trailing_metadata)
+        self._trailing_fields = metadata.to_wire(trailing)
+        self._trailing = trailing
 
     def invocation_metadata(self) -> Any:
         """The caller's metadata; values of keys that end in "-bin" are bytes."""
-        return grpc.aio.Metadata(
-            *(
-                (key, _from_base64(value) if key.endswith("-bin") else value)
-                for key, value in self._raw_metadata()
-                if key not in _NOT_METADATA
-            )
-        )
+        return grpc.aio.Metadata(*metadata.from_wire(self._raw_metadata()))
 
-    def set_code(self, code: grpc.StatusCode) -> None:
+    def set_code(self, code: grpc.StatusCode | int) -> None:
         """Sets the status with which the call will end."""
-        self._code = code
+        self._code = _CODES.get(code, grpc.StatusCode.UNKNOWN) if isinstance(code, int) else code
 
     def set_details(self, details: str) -> None:
         """Sets the message with which the call will end."""
         self._details = details
 
     def set_compression(self, compression: grpc.Compression) -> None:
-        """Compresses responses, if the caller says that it understands the encoding."""
+        """Compresses responses, if the caller says that it understands the encoding.
+
+        Raises:
+            RuntimeError: The headers, which say so, have been sent.
+        """
+        if self.headers_sent:
+            raise RuntimeError("Compression setting must be specified before sending initial metadata")
         wanted = {grpc.Compression.Deflate: "deflate", grpc.Compression.Gzip: "gzip"}.get(compression)
         accepted = dict(self._raw_metadata()).get("grpc-accept-encoding", "")
         self._compress = wanted if wanted in accepted.replace(" ", "").split(",") else None
@@ -252,7 +289,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """What has been set to travel with the status."""
         return self._trailing
 
-    def code(self) -> grpc.StatusCode | int | None:
+    def code(self) -> grpc.StatusCode | None:
         """The status set so far."""
         return self._code
 
@@ -272,6 +309,17 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Whether the call has ended."""
         return self._done or self._cancelled
 
+    def _refusal(self, code: grpc.StatusCode, details: str) -> Aborted:
+        self._code, self._details, self._aborted = code, details, True
+        return Aborted("Locally aborted.")
+
+    async def _breathe(self) -> None:
+        """Lets other calls run now and then: neither reading nor writing has to wait for anything while all is well."""
+        self._turn += 1
+        if self._turn == MESSAGES_A_TURN:
+            self._turn = 0
+            await asyncio.sleep(0)
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -282,15 +330,4 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         return self._metadata
 
 
-_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
-
-
-def _wire_metadata(pairs: Iterable[MetadataPair]) -> list[tuple[str, str]]:
-    return [
-        (key, base64.b64encode(value).rstrip(b"=").decode() if isinstance(value, bytes) else value)
-        for key, value in pairs or ()
-    ]
-
-
-def _from_base64(value: str) -> bytes:
-    return base64.b64decode(value + "=" * (-len(value) % 4))
+_CODES = {code.value[0]: code for code in grpc.StatusCode}

@@ -7,6 +7,7 @@ The event loop takes all that waits, starts a task per call, and hands the answe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import logging
@@ -47,7 +48,7 @@ class EnvoyHost:
     Owned by the server; event loop only; ends when `stop` returns.
 
     Args:
-        max_message_bytes: Largest request message.
+        max_message_bytes: Largest request or response message.
         count_rpcs: Told of ended calls: path, status name, how many.
     """
 
@@ -56,7 +57,7 @@ class EnvoyHost:
         self._max_message_bytes = max_message_bytes
         self._count_rpcs = count_rpcs
         self._methods: list[Method] = []
-        self._live: dict[Call, tuple[asyncio.Task[None], Context]] = {}
+        self._live: dict[Call, tuple[asyncio.Task[None], Context, Method]] = {}
         self._replies: list[tuple[Call, bytes]] = []
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
@@ -112,10 +113,10 @@ class EnvoyHost:
 
     def cancel_all(self) -> None:
         """Ends what is still in flight with UNAVAILABLE."""
-        for task, context in list(self._live.values()):
+        for call, (_, context, _) in list(self._live.items()):
             context.set_code(grpc.StatusCode.UNAVAILABLE)
             context.set_details("the server is shutting down")
-            task.cancel()
+            self._cancel(call)
 
     def _drain(self) -> None:
         native = self._native
@@ -127,7 +128,7 @@ class EnvoyHost:
                     run = self._stream(method, context, message, compressed)
                 else:
                     run = self._unary(method, context, call, message, compressed)  # type: ignore[arg-type]
-                self._live[call] = self._loop.create_task(run), context
+                self._live[call] = self._loop.create_task(run), context, method
                 continue
             if kind == native.STOP:
                 self.stopped.set()
@@ -135,7 +136,7 @@ class EnvoyHost:
             live = self._live.get(call)
             if live is None:
                 continue
-            task, context = live
+            context = live[1]
             if kind == native.MESSAGE:
                 context.on_message(message, bool(compressed))  # type: ignore[arg-type]
             elif kind == native.HALF_CLOSE:
@@ -144,14 +145,22 @@ class EnvoyHost:
                 context.on_writable()
             else:
                 context.on_cancel()
-                task.cancel()
+                self._cancel(call)
+
+    def _cancel(self, call: Call) -> None:
+        task, context, method = self._live[call]
+        task.cancel()
+        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:  # type: ignore[arg-type]
+            # It will never run, nor what should run at its end.
+            self._fail(method, context, asyncio.CancelledError())
+            self._forget(call)
 
     async def _unary(self, method: Method, context: Context, call: Call, message: bytes, compressed: int) -> None:
         try:
             request = context.decode(message, compressed)
             response = await method.behavior(request, context)
             data = method.encode(response) if response is not None else b""
-            if response is not None and context.plain:
+            if response is not None and context.plain and len(data) <= self._max_message_bytes:
                 method.answered += 1
                 if not self._replies:
                     self._loop.call_soon(self._flush)
@@ -167,6 +176,7 @@ class EnvoyHost:
 
     async def _answer(self, method: Method, context: Context, data: bytes) -> None:
         if context.code() in (None, grpc.StatusCode.OK):
+            context.check_size(data)
             if not context.headers_sent:
                 await context.send_initial_metadata(())
             context.send(data)
@@ -181,8 +191,10 @@ class EnvoyHost:
                 await self._answer(method, context, method.encode(await method.behavior(request, context)))
                 return
             if method.generator:
-                async for response in method.behavior(request, context):
-                    await context.write(response)
+                # Closed here: left to the garbage collector, its `finally` would run at any time.
+                async with contextlib.aclosing(method.behavior(request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
             else:
                 await method.behavior(request, context)
             if not context.headers_sent and context.code() in (None, grpc.StatusCode.OK):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forno.server import logs
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import bootstrap
 
@@ -74,7 +75,9 @@ class Envoy:
         command = [
             *("forno: server", "-c", str(self._bootstrap), "--disable-hot-restart"),
             *("--concurrency", str(self._config.server.envoy_threads)),
-            *("-l", "warning", "--log-path", f"/dev/fd/{write_end}", "--log-format", "%l\t%n\t%v"),
+            # "main" warns of each signal that ends it: that is us.
+            *("-l", "warning", "--component-log-level", "main:error"),
+            *("--log-path", f"/dev/fd/{write_end}", "--log-format", logs.ENVOY_FORMAT),
         ]
         self._process = subprocess.Popen(
             command,

@@ -1,0 +1,66 @@
+# Everything starts from a clean clone: Python 3.11 or newer and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+EXTRAS := server,images,telemetry,examples,dev
+ADDRESS ?= 127.0.0.1:8080
+AGAINST ?= main
+NATIVE := $(wildcard server/forno/server/transport/envoy/native/*.cc server/forno/server/transport/envoy/native/*.h)
+# uv where it is installed, for speed; pip otherwise. Both read their own usual configuration.
+UV := $(shell command -v uv 2>/dev/null)
+TESTS ?= tests
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all soak check format proto bench install clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+run: $(STAMP)  ## serve the demo, show three calls, keep serving (ADDRESS=HOST:PORT, DEMO_EXIT=1)
+	@$(BIN)/python tools/run_demo.py $(ADDRESS)
+
+test: $(STAMP)  ## all tests that take seconds (TESTS=path for some of them)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(TESTS)
+
+test-all: $(STAMP)  ## all tests, the slow ones included
+	@$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
+
+soak: $(STAMP)  ## only the slow tests
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(TESTS)
+
+check: $(STAMP)  ## style, types, architecture, contract (AGAINST=revision to compare the contract with)
+	@$(BIN)/python tools/check.py $(AGAINST)
+
+format: $(STAMP)  ## put every file into the house's form
+	@$(BIN)/ruff check -q --fix-only .
+	@$(BIN)/ruff format -q .
+
+proto: $(STAMP)  ## generate the stubs and the transcoder's descriptor set anew
+	@$(BIN)/python tools/generate.py
+
+bench: $(STAMP)  ## measure (see bench/README.md)
+	@$(BIN)/python -m bench
+
+install: $(STAMP)  ## the virtual environment in .venv
+
+$(STAMP): pyproject.toml hatch_build.py tools/build_native.py $(NATIVE)
+	@test -x $(BIN)/python || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Forno needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=...")' \
+	  && { $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }; }
+	@echo "installing into $(VENV) ..."
+ifneq ($(UV),)
+	@$(UV) pip install -q --python $(BIN)/python --reinstall-package forno -e '.[$(EXTRAS)]'
+else
+	@$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]'
+endif
+	@$(BIN)/python tools/build_native.py
+	@touch $@
+
+clean:  ## remove all that was made here
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f server/forno/server/transport/envoy/_native.*
+	find proto server kernels clients tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""`forno serve`: serves models until it is told to stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forno.server.cli import arguments as common
+
+if TYPE_CHECKING:
+    import argparse
+
+DESCRIPTION = """\
+Serves models over gRPC and REST on one port until SIGINT or SIGTERM, then finishes the calls it holds."""
+EPILOG = """\
+examples:
+  forno serve model.onnx
+  forno serve models/ --address 0.0.0.0:8080
+  forno serve forno.yaml --set server.drain_s=30
+
+exit status: 0 after a stop that was asked for, 2 where it cannot serve as asked (nothing has been served
+then)"""
+_FLAGS = ("address", "transport", "log_level")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    common.add(parser)
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="where to listen, for gRPC and REST alike; port 0 = any free one (default 127.0.0.1:8080)",
+    )
+    parser.add_argument(
+        "--transport",
+        metavar="envoy|proxy|grpc",
+        help="envoy: inside Envoy, the fastest; proxy: behind a separate Envoy; grpc: gRPC alone, no REST "
+        "(default envoy)",
+    )
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves.
+
+    Raises:
+        ConfigError: It cannot be served as asked.
+    """
+    config, paths = common.resolve(arguments, _FLAGS)
+
+    from forno.server.launch import serve  # noqa: PLC0415  (wrong settings are told without it)
+    from forno.server.repository import find  # noqa: PLC0415
+
+    find(paths, config)  # wrong paths are told here, before a process is started that would find them again
+    return serve(config, [str(path) for path in paths])

@@ -1,0 +1,244 @@
+"""One version of one model: an engine with its batcher, slots and worker, and a state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forno.server.batcher import Batcher
+from forno.server.engines import engine_name, open_engine
+from forno.server.errors import ConfigError, InvalidArgument, NotReady
+from forno.server.signature import Signature
+from forno.server.warmup import WarmUp, warm_up
+from forno.server.worker import Worker
+from forno.v1.tensors import OBJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from forno.server.config import ModelSettings
+    from forno.server.engines import Engine
+    from forno.server.metrics import ModelMetrics
+    from forno.server.request import Request
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+log = logging.getLogger("forno.model")
+
+
+def clock_us() -> int:
+    """Monotonic time in microseconds."""
+    return time.monotonic_ns() // 1000
+
+
+class ModelState(Enum):
+    """Where a model is in its life: LOADING -> READY -> DRAINING -> UNLOADED, or LOADING -> FAILED."""
+
+    LOADING = "loading"
+    """Its file is read, or its first runs are under way; also before `load` was called."""
+    READY = "ready"
+    """Its first runs have passed, and it takes requests."""
+    DRAINING = "draining"
+    """It finishes what it holds and takes nothing new."""
+    UNLOADED = "unloaded"
+    """It holds nothing any more."""
+    FAILED = "failed"
+    """It could not be loaded; `error` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatistics:
+    """A glance at a model."""
+
+    pending_requests: int = 0
+    pending_rows: int = 0
+    running_rows: int = 0
+    inline: bool = False
+
+
+class Model:
+    """One version of one model. Owned by the server; event loop only; `load` once, and end with `close`.
+
+    Args:
+        name: What callers call it.
+        version: Which of its versions this is.
+        path: Its file; None for an engine that needs none.
+        settings: Its settings.
+        metrics: Told once per batch, and of what is refused.
+        clock: Monotonic microseconds; the default of a request's arrival and what expiries are compared with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        path: Path | None,
+        settings: ModelSettings,
+        metrics: ModelMetrics,
+        clock: Callable[[], int] = clock_us,
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.path = path
+        self.settings = settings
+        self.state = ModelState.LOADING
+        self.error = ""
+        self.note = ""  # what the first runs have shown that a person should know
+        self.engine_name = ""
+        self.signature = Signature((), (), batched=False)
+        self.max_rows = 1
+        self._metrics = metrics
+        self._clock_us = clock
+        self._worker: Worker | None = None
+        self._batcher: Batcher | None = None
+        self._text_inputs: tuple[int, ...] = ()  # inputs whose strings must be text
+        self._settled = asyncio.Event()  # LOADING is over, or was never begun
+        self._settled.set()
+        self._ended = asyncio.Event()
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    async def load(self) -> None:
+        """Reads the file and makes the first runs, on another thread; READY or FAILED afterwards.
+
+        Raises:
+            ConfigError: The model cannot be served; the text says why.
+            NotReady: `close` was called meanwhile.
+        """
+        self._settled.clear()
+        try:
+            engine, warm = await asyncio.to_thread(self._open)
+        except BaseException as error:
+            self.error = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            self.state = ModelState.FAILED
+            if isinstance(error, ConfigError) or not isinstance(error, Exception):
+                raise
+            raise ConfigError(f"model '{self}' cannot be loaded: {self.error}") from error
+        finally:
+            self._settled.set()
+        if self.state is not ModelState.LOADING:
+            engine.close()
+            raise NotReady(f"model '{self}' was stopped while it was loading")
+        self._begin(engine, warm)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; later its future holds what `finish` returned, or an error of the table in errors.py.
+
+        The inputs must have passed `signature.arrange` and `signature.validate`.
+
+        Raises:
+            NotReady: The model does not serve now.
+            DeadlineExceeded, InvalidArgument, Overloaded: See `Batcher.submit`.
+        """
+        worker = self._worker
+        if worker is None or self.state is not ModelState.READY:
+            raise self.not_ready()
+        if self._text_inputs:
+            request.inputs = self._as_text(request.inputs)
+        worker.submit(request)
+
+    async def close(self, grace_s: float) -> None:
+        """Finishes what it holds for up to `grace_s`, fails the rest with NotReady, and frees the model. Idempotent."""
+        if self.state in (ModelState.DRAINING, ModelState.UNLOADED):
+            await self._ended.wait()
+            return
+        self.state = ModelState.DRAINING
+        try:
+            await self._settled.wait()
+            if self._worker is not None:
+                await self._worker.close(grace_s)
+        finally:
+            self.state = ModelState.UNLOADED
+            self._worker = None
+            self._ended.set()
+
+    def not_ready(self) -> NotReady:
+        """The error for a caller who comes at the wrong time."""
+        why = f" ({self.error})" if self.error else ""
+        return NotReady(f"model '{self.name}' version '{self.version}' is {self.state.value}, not ready to serve{why}")
+
+    def statistics(self) -> ModelStatistics:
+        """What waits and runs now."""
+        if self._worker is None or self._batcher is None:
+            return ModelStatistics()
+        waiting = self._batcher.statistics()
+        return ModelStatistics(
+            waiting.pending_requests, waiting.pending_rows, self._worker.running_rows, self._worker.inline
+        )
+
+    def _open(self) -> tuple[Engine[Any], WarmUp]:
+        """The blocking part of `load`."""
+        self.engine_name = engine_name(self.path, self.settings)
+        engine = open_engine(self.path, self.settings)
+        try:
+            return engine, warm_up(engine, self.settings.batching, self.settings.inline_below_us)
+        except ConfigError as error:
+            engine.close()
+            raise ConfigError(f"model '{self.name}': {error}") from error
+        except BaseException:
+            engine.close()
+            raise
+
+    def _begin(self, engine: Engine[Any], warm: WarmUp) -> None:
+        batching = self.settings.batching
+        self.signature = warm.signature
+        self.note = warm.note
+        self.max_rows = batching.max_rows if warm.signature.batched else 1
+        if engine.text_only:
+            specs = enumerate(warm.signature.inputs)
+            self._text_inputs = tuple([index for index, spec in specs if spec.dtype == OBJECT])
+        open_shapes = any(size < 0 for spec in warm.signature.inputs for size in spec.shape[1:])
+        self._batcher = Batcher(
+            batching,
+            self.max_rows,
+            by_shape=warm.signature.batched and open_shapes,
+            refused=self._metrics.refused,
+        )
+        self._worker = Worker(
+            str(self),
+            engine,
+            self._batcher,
+            self._metrics,
+            max_rows=self.max_rows,
+            run_us=warm.run_us,
+            inline_below_us=self.settings.inline_below_us if warm.inline else 0,
+            clock_us=self._clock_us,
+            loop=asyncio.get_running_loop(),
+        )
+        if warm.note:
+            log.log(logging.INFO if warm.passed else logging.WARNING, "%s: %s", self, warm.note)
+        self.state = ModelState.READY
+
+    def _as_text(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The inputs with every string element as `str`; what a runtime for text would misread is refused."""
+        arrays = list(inputs)
+        for index in self._text_inputs:
+            values = arrays[index].ravel().tolist()
+            if not all(type(value) is str and value.isascii() for value in values):
+                name = self.signature.inputs[index].name
+                text = [_text(value, name, at) for at, value in enumerate(values)]
+                array = np.empty(len(text), object)
+                array[:] = text
+                arrays[index] = array.reshape(arrays[index].shape)
+        return tuple(arrays)
+
+
+def _text(value: object, name: str, at: int) -> str:
+    try:
+        if isinstance(value, bytes):
+            return value.decode()
+        text = str(value)
+        text.encode()
+    except UnicodeError:
+        raise InvalidArgument(
+            f"input '{name}': element {at} is not UTF-8 text, and this model takes no other bytes", f"inputs[{name}]"
+        ) from None
+    return text

@@ -1,0 +1,1 @@
+"""Servicers: one file a protocol. Each decodes, submits, awaits and encodes; `status.py` has the errors."""

@@ -1,0 +1,27 @@
+"""Buffers in which the rows of a batch come together before a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Slot(Protocol):
+    """One set of preallocated buffers. Made by an Engine, owned by a Worker; used by one thread at a time.
+
+    It is held from `load` until the answers of that batch are encoded, because outputs may be views into it.
+    """
+
+    inputs: Sequence[Array]  # what the engine reads, in the signature's order; valid from `load` to `release`
+
+    def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
+        """Brings the inputs of each request, all of equal row shapes, to their places: the one host copy."""
+
+    def release(self) -> None:
+        """Lets go of everything that belongs to the requests."""

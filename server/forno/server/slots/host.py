@@ -1,0 +1,97 @@
+"""Slots in ordinary memory."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forno.v1.tensors import OBJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forno.server.signature import Signature, TensorSpec
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+BORROW_FROM_BYTES = 64 * 1024
+"""A lone request of at least this size is read where it lies; below it a copy costs less than what it saves."""
+
+
+class HostSlot:
+    """Buffers for one batch in host memory. Made by an Engine, owned by a Worker; used by one thread at a time.
+
+    Inputs of known row shape have a fixed place for `max_rows` rows; the others share a slab that grows to the largest
+    seen; strings are Python objects and need none. A lone request is not copied where that saves something: the
+    engine then reads the request's own arrays, if they are aligned and contiguous.
+
+    Args:
+        signature: Its inputs; `batched` says whether axis 0 counts rows.
+        max_rows: Most rows of a batch.
+    """
+
+    def __init__(self, signature: Signature, max_rows: int) -> None:
+        self.inputs: list[Array] = []
+        self.fixed = False  # whether `inputs` are the leading rows of `places`
+        self.places = [_place(spec, signature.batched, max_rows) for spec in signature.inputs]
+        self._all_fixed = all(place is not None for place in self.places)
+        self._batched = signature.batched
+        self._row_bytes = sum(place.nbytes for place in self.places if place is not None) // max_rows
+        self._slabs = [np.empty(0, np.uint8)] * len(self.places)
+
+    def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
+        """Brings the inputs of each request to their places."""
+        if len(requests) > 1:
+            self.fixed = self._all_fixed
+            self.inputs = [self._joined(index, parts, rows) for index, parts in enumerate(zip(*requests, strict=True))]
+        elif self._all_fixed and self._row_bytes * rows < BORROW_FROM_BYTES:
+            self.fixed = True
+            self.inputs = [self._copied(index, array) for index, array in enumerate(requests[0])]
+        else:
+            self.fixed = False
+            self.inputs = [self._readable(index, array) for index, array in enumerate(requests[0])]
+
+    def release(self) -> None:
+        """Lets go of everything that belongs to the requests."""
+        self.inputs = []
+
+    def _joined(self, index: int, parts: tuple[Array, ...], rows: int) -> Array:
+        """The parts one after another: [rows, *row shape]."""
+        if parts[0].dtype == OBJECT:
+            return np.concatenate(parts)
+        room = self._room(index, (rows, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate(parts, out=room)
+
+    def _readable(self, index: int, array: Array) -> Array:
+        """The array itself if a runtime may read it, else a copy: message bytes can lie at any address."""
+        flags = array.flags
+        if flags.c_contiguous and flags.aligned:
+            return array
+        return self._copied(index, array)
+
+    def _copied(self, index: int, array: Array) -> Array:
+        if array.dtype == OBJECT:
+            return np.array(array, order="C")
+        room = self._room(index, array.shape, array.dtype)
+        np.copyto(room, array)
+        return room
+
+    def _room(self, index: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        place = self.places[index]
+        if place is not None:
+            return place[: shape[0]] if self._batched else place
+        needed_bytes = math.prod(shape) * dtype.itemsize
+        slab = self._slabs[index]
+        if slab.nbytes < needed_bytes:
+            slab = self._slabs[index] = np.empty(needed_bytes, np.uint8)
+        return slab[:needed_bytes].view(dtype).reshape(shape)
+
+
+def _place(spec: TensorSpec, batched: bool, max_rows: int) -> Array | None:
+    """Room for `max_rows` rows of the input; None where its row shape is open or it holds strings."""
+    shape = (max_rows, *spec.shape[1:]) if batched else spec.shape
+    if spec.dtype == OBJECT or any(size < 0 for size in shape):
+        return None
+    return np.empty(shape, spec.dtype)

@@ -1,0 +1,150 @@
+"""The conformance service as a real process on either transport, on a free port, cleaned up in any case."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tests.e2e.forno_server import ROOTS, free_port
+
+from forno.server.config import Config, ServerSettings
+from forno.server.transport.envoy import bootstrap, supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HERE = Path(__file__).parent
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+TRANSPORTS = ("envoy", "grpc")
+SERVICE = "test.Conformance"
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, which no other test has broken
+]
+
+
+@dataclass
+class Host:
+    """A running conformance service."""
+
+    transport: str
+    port: int
+    pid: int
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+
+    def ask(self, report: str, **more: object) -> Any:
+        """What the service reports about itself."""
+        with self.channel() as channel:
+            call = channel.unary_unary(f"/{SERVICE}/Unary")
+            return json.loads(call(json.dumps({"report": report, **more}).encode(), timeout=10))
+
+    def count(self, what: str) -> int:
+        return int(self.ask("count", of=what))
+
+    def resident_bytes(self) -> int:
+        """Memory of the process."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def eventually(happened: Callable[[], Any], limit_s: float = 5.0) -> Any:
+    """The first true value of `happened()`.
+
+    Raises:
+        AssertionError: There was none in `limit_s` seconds.
+    """
+    end = time.monotonic() + limit_s
+    while not (value := happened()):
+        assert time.monotonic() < end, f"it did not happen within {limit_s} s"
+        time.sleep(0.02)
+    return value
+
+
+@contextlib.contextmanager
+def serve(transport: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Iterator[Host]:
+    """The service on `transport`, for as long as the context lasts."""
+    start = _inside_envoy if transport == "envoy" else _on_grpc
+    with start(max_message_bytes) as host:
+        yield host
+
+
+@contextlib.contextmanager
+def _inside_envoy(max_message_bytes: int) -> Iterator[Host]:
+    ours, theirs = socket.socketpair()
+    os.set_inheritable(theirs.fileno(), True)
+    ours.settimeout(20)
+    port = free_port()
+    log: list[str] = []
+    argument = {"control": theirs.fileno(), "max_message_bytes": max_message_bytes, "port": port}
+    config = Config(server=ServerSettings(max_message_bytes=max_message_bytes))
+    end = bootstrap.ModuleEnd("conformance_service:main", json.dumps(argument))
+    envoy = supervisor.Envoy(config, "127.0.0.1", port, lambda _: end, log.append)
+    try:
+        envoy.start(
+            {
+                "LD_PRELOAD": ":".join(filter(None, (supervisor.libpython(), os.environ.get("LD_PRELOAD")))),
+                "FORNO_PYTHON": sys.executable,
+                "PYTHONPATH": os.pathsep.join([*ROOTS, str(HERE)]),
+            },
+            keep=[theirs.fileno()],
+        )
+        theirs.close()
+        _expect_ready(ours.recv(100).decode(), log)
+        eventually(lambda: _answers(port), 20)
+        yield Host("envoy", port, envoy.pid, log)
+    finally:
+        ours.close()
+        envoy.close()
+
+
+@contextlib.contextmanager
+def _on_grpc(max_message_bytes: int) -> Iterator[Host]:
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "conformance_service.py"), "127.0.0.1:0", str(max_message_bytes)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # its handlers raise on purpose
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        try:
+            line = process.stdout.readline()
+            _expect_ready(line, [])
+            yield Host("grpc", int(line.split()[1]), process.pid)
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _expect_ready(line: str, log: list[str]) -> None:
+    assert line.startswith("ready"), f"the service did not start: {line!r} {log}"
+
+
+def _answers(port: int) -> bool:
+    """Whether the port is open: Envoy opens it a little after its modules have started."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False

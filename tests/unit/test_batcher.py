@@ -1,0 +1,248 @@
+"""The batching policy, on times that the tests make up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from forno.server.batcher import Batcher
+from forno.server.config import BatchingSettings
+from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
+from tests.unit import puppets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from forno.server.request import Request
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Request]]:
+    loop = asyncio.new_event_loop()
+    yield partial(puppets.request, loop)
+    loop.close()
+
+
+def batcher(*, by_shape: bool = True, refused: Counter[str] | None = None, **settings: Any) -> Batcher:
+    counts = Counter() if refused is None else refused
+    limits = BatchingSettings(**settings)
+    return Batcher(
+        limits, limits.max_rows, by_shape=by_shape, refused=lambda why, count: counts.update({why: count})
+    )
+
+
+def test_nothing_waits_in_an_empty_batcher():
+    policy = batcher()
+    assert policy.try_close(0) is None
+    assert policy.next_close_us() is None
+    assert policy.next_expiry_us() is None
+
+
+def test_a_free_engine_never_waits_without_a_delay(make):
+    policy = batcher()
+    policy.submit(make())
+    assert policy.next_close_us() == 0
+    batch = policy.try_close(5)
+    assert (batch.rows, batch.closed_us) == (1, 5)
+    assert policy.statistics().pending_requests == policy.pending_rows == 0
+
+
+def test_requests_leave_in_the_order_of_their_arrival_up_to_max_rows(make):
+    policy = batcher(max_rows=4)
+    waiting = [make(rows=rows) for rows in (2, 1, 2, 1)]
+    for each in waiting:
+        policy.submit(each)
+    assert policy.try_close(1).requests == waiting[:2]  # the third does not fit, and the fourth does not overtake it
+    assert policy.try_close(1).requests == waiting[2:]
+
+
+def test_a_higher_priority_goes_first(make):
+    policy = batcher(max_rows=2)
+    low, also_low, high = make(priority=-1), make(priority=-1), make(priority=7)
+    for each in (low, also_low, high):
+        policy.submit(each)
+    assert policy.try_close(1).requests == [high, low]
+    assert policy.try_close(1).requests == [also_low]
+
+
+def test_shapes_batch_apart_and_the_earlier_goes_first(make):
+    policy = batcher()
+    narrow, wide, also_narrow = make(arrived_us=1), make(width=3, arrived_us=2), make(arrived_us=3)
+    for each in (narrow, wide, also_narrow):
+        policy.submit(each)
+    assert policy.statistics().shapes == 2
+    assert policy.try_close(4).requests == [narrow, also_narrow]
+    assert policy.try_close(4).requests == [wide]
+
+
+def test_a_full_shape_does_not_wait_for_one_that_is_not(make):
+    policy = batcher(max_rows=2, max_delay_us=100)
+    policy.submit(make(width=3, arrived_us=1))
+    for _ in range(2):
+        policy.submit(make(arrived_us=2))
+    assert policy.try_close(3).rows == 2
+    assert policy.try_close(3) is None
+    assert policy.next_close_us() == 101
+
+
+def test_a_batch_waits_for_company_no_longer_than_the_delay(make):
+    policy = batcher(max_delay_us=100)
+    policy.submit(make(arrived_us=10))
+    policy.submit(make(arrived_us=60))
+    assert policy.next_close_us() == 110
+    assert policy.try_close(109) is None
+    assert policy.try_close(110).rows == 2
+
+
+def test_what_is_left_of_a_full_group_waits_from_its_own_arrival(make):
+    policy = batcher(max_rows=2, max_delay_us=100)
+    for arrived_us in (10, 20, 30):
+        policy.submit(make(arrived_us=arrived_us))
+    assert policy.try_close(40).rows == 2
+    assert policy.try_close(40) is None
+    assert policy.next_close_us() == 130
+
+
+def test_a_low_priority_waits_no_longer_than_the_delay_either(make):
+    policy = batcher(max_delay_us=100)
+    policy.submit(make(arrived_us=10, priority=0))
+    policy.submit(make(arrived_us=90, priority=9))
+    assert policy.try_close(110).rows == 2
+
+
+def test_a_request_that_would_expire_waits_for_half_its_time(make):
+    policy = batcher(max_delay_us=1000)
+    policy.submit(make(arrived_us=10, expires_us=210))
+    assert policy.next_close_us() == 110
+
+
+def test_after_hurry_nothing_waits(make):
+    policy = batcher(max_delay_us=1000)
+    policy.submit(make())
+    policy.hurry()
+    policy.submit(make())
+    assert policy.try_close(2).rows == 2
+
+
+def test_each_request_is_its_own_batch_where_rows_do_not_group(make):
+    policy = Batcher(BatchingSettings(max_delay_us=1000), 1, by_shape=False, refused=lambda _why, _count: None)
+    policy.submit(make())
+    policy.submit(make(width=5))
+    assert [policy.try_close(1).rows, policy.try_close(1).rows] == [1, 1]
+
+
+def test_too_many_rows_for_a_batch_are_refused_with_the_limit(make):
+    with pytest.raises(InvalidArgument, match=r"5 rows.*at most 4.*batching\.max_rows"):
+        batcher(max_rows=4).submit(make(rows=5))
+
+
+def test_a_request_without_time_is_refused(make):
+    refused: Counter[str] = Counter()
+    with pytest.raises(DeadlineExceeded, match="did not run"):
+        batcher(refused=refused).submit(make(arrived_us=10, expires_us=10))
+    assert refused == {"expired": 1}
+
+
+def test_the_bound_holds_and_its_name_is_told(make):
+    refused: Counter[str] = Counter()
+    policy = batcher(max_rows=4, max_pending_rows=6, refused=refused)
+    policy.submit(make(rows=4))
+    policy.submit(make(rows=2))
+    with pytest.raises(Overloaded, match=r"6 rows wait already, and 1 more .*batching\.max_pending_rows = 6"):
+        policy.submit(make())
+    assert policy.pending_rows == 6
+    assert refused == {"overloaded": 1}
+
+
+def test_a_single_larger_request_enters_an_empty_queue_only(make):
+    policy = batcher(max_rows=8, max_pending_rows=4)
+    policy.submit(make(rows=8))
+    with pytest.raises(Overloaded):
+        policy.submit(make())
+
+
+def test_cancelled_and_expired_requests_make_room(make):
+    refused: Counter[str] = Counter()
+    policy = batcher(max_pending_rows=3, refused=refused)
+    cancelled, expired, kept = make(), make(arrived_us=1, expires_us=50), make()
+    for each in (cancelled, expired, kept):
+        policy.submit(each)
+    cancelled.future.cancel()
+    late = [make(arrived_us=60), make(arrived_us=60)]
+    for each in late:
+        policy.submit(each)
+    assert refused == {"cancelled": 1, "expired": 1}
+    assert policy.try_close(61).requests == [kept, *late]
+
+
+def test_a_long_full_queue_is_not_searched_for_each_refusal(make):
+    policy = batcher(max_pending_rows=64)
+    waiting = [make() for _ in range(64)]
+    for each in waiting:
+        policy.submit(each)
+    with pytest.raises(Overloaded):
+        policy.submit(make())
+    waiting[0].future.cancel()
+    refusals = 0
+    for _ in range(64):
+        try:
+            policy.submit(make())
+        except Overloaded:
+            refusals += 1
+    assert refusals < 64
+    assert policy.pending_rows == 64
+
+
+def test_cancelled_and_expired_requests_never_leave_in_a_batch(make):
+    refused: Counter[str] = Counter()
+    policy = batcher(refused=refused)
+    cancelled, expired, kept = make(), make(expires_us=50), make(expires_us=51)
+    for each in (cancelled, expired, kept):
+        policy.submit(each)
+    cancelled.future.cancel()
+    assert policy.try_close(50).requests == [kept]
+    assert refused == {"cancelled": 1, "expired": 1}
+    with pytest.raises(DeadlineExceeded, match="after 49 us in the queue"):
+        expired.future.result()
+
+
+def test_a_queue_of_the_dead_gives_no_batch(make):
+    policy = batcher()
+    for width in (1, 2, 3):
+        dead = make(width=width)
+        policy.submit(dead)
+        dead.future.cancel()
+    assert policy.try_close(1) is None
+    assert policy.statistics().pending_requests == policy.pending_rows == policy.statistics().shapes == 0
+
+
+def test_requests_expire_while_they_wait(make):
+    policy = batcher(max_delay_us=1000)
+    soon, later = make(expires_us=50), make(width=3, expires_us=80)
+    for each in (later, soon):
+        policy.submit(each)
+    assert policy.next_expiry_us() == 50
+    policy.expire(49)
+    assert policy.pending_requests == 2
+    policy.expire(50)
+    assert isinstance(soon.future.exception(), DeadlineExceeded)
+    assert not later.future.done()
+    assert policy.next_expiry_us() == 80
+    policy.expire(80)
+    assert isinstance(later.future.exception(), DeadlineExceeded)
+    assert policy.pending_rows == 0
+    assert policy.next_close_us() is policy.next_expiry_us() is None
+
+
+def test_take_all_empties_the_queue(make):
+    policy = batcher()
+    waiting = [make(width=width, priority=width) for width in (1, 2, 2)]
+    for each in waiting:
+        policy.submit(each)
+    assert set(policy.take_all()) == set(waiting)
+    assert policy.pending_rows == 0
+    assert policy.try_close(9) is None
