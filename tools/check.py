@@ -20,7 +20,14 @@ def checks(revision: str) -> dict[str, list[str]]:
     python = sys.executable
     return {
         "style (ruff check)": [str(SCRIPTS / "ruff"), "check", "--quiet", "--output-format=concise", "."],
-        "form (ruff format)": [str(SCRIPTS / "ruff"), "format", "--check", "--quiet", "."],
+        "form (ruff format)": [
+            str(SCRIPTS / "ruff"),
+            "format",
+            "--check",
+            "--quiet",
+            "--output-format=concise",
+            ".",
+        ],
         "types (mypy)": [python, "-m", "mypy", "--no-error-summary"],
         "architecture (import-linter)": [str(SCRIPTS / "lint-imports"), "--no-logo"],
         "contract (buf)": [python, "tools/check_proto.py", revision],

@@ -3,12 +3,13 @@
     python examples/training/spam.py
 
 The whole way from text to answer is in the graph, in operators that plain ONNX Runtime has. The first 999
-characters, A to Z in lower case, are cut into runs of 1 to 4 characters. Which of the known runs occur, weighted
-by how rare they are, decides. Runs of characters rather than words: they need no rule for what a word is.
+characters, A to Z in lower case, are looked at twice: as words, digits and signs such as `!` and `$`, and as runs
+of 1 to 4 characters, which also see `FR33` and parts of words. What occurs, weighted by its rarity, decides.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from spam_messages import LABELS, Message, load, split
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -32,19 +33,24 @@ LONGEST_RUN = 4  # characters
 READ_CHARACTERS = 1000  # of the text with a space on either side; RE2 counts no further in a repetition
 STRENGTHS = (1.0, 3.0, 10.0, 30.0)  # inverse regularisation; chosen by cross-validation in the training part
 FOLDS = 10
+WORD = r"[^\W\d_]+|[0-9]|[!?$€£%@/]"
+WORD_RE2 = r"[\pL\p{Nl}\p{No}]+|[0-9]|[!?$€£%@/]"  # the same in the notation of the graph's tokenizer
 ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
+def read(text: str) -> str:
+    """What the model sees of a text: its beginning, framed by spaces, A to Z in lower case."""
+    return f" {text} "[:READ_CHARACTERS].translate(ASCII_LOWER)
+
+
+def words_of(text: str) -> list[str]:
+    """The words, digits and telling signs of a text."""
+    return re.findall(WORD, read(text))
+
+
 def runs_of(text: str) -> list[str]:
-    """All runs of characters of a text: what the graph's tokenizer and n-gram operator see.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        Runs of 1, then of 2, ... characters.
-    """
-    seen = f" {text} "[:READ_CHARACTERS].translate(ASCII_LOWER)
+    """All runs of 1, then of 2, ... characters of a text."""
+    seen = read(text)
     return [seen[i : i + size] for size in range(1, LONGEST_RUN + 1) for i in range(len(seen) - size + 1)]
 
 
@@ -57,10 +63,53 @@ def pipeline(strength: float = 1.0) -> Pipeline:
     Returns:
         A scikit-learn pipeline from texts to classes.
     """
-    return make_pipeline(
-        TfidfVectorizer(analyzer=runs_of, binary=True, min_df=2, dtype=np.float64),
-        LogisticRegression(C=strength, max_iter=1000),
+    words = TfidfVectorizer(analyzer=words_of, binary=True)
+    runs = TfidfVectorizer(analyzer=runs_of, binary=True, min_df=2)
+    return make_pipeline(make_union(words, runs), LogisticRegression(C=strength, max_iter=1000))
+
+
+def constant(name: str, values: Any, dtype: Any) -> onnx.TensorProto:
+    """A constant of the graph."""
+    return numpy_helper.from_array(np.asarray(values, dtype), name)
+
+
+def vectorizer_nodes(
+    trained: TfidfVectorizer, tokens: str, output: str, longest: int
+) -> tuple[list[onnx.NodeProto], list[int]]:
+    """The nodes that do to tokens in the graph what a trained vectorizer does.
+
+    Args:
+        trained: The vectorizer; its terms are runs of one-character tokens, or, where `longest` is 1, tokens.
+        tokens: The input's name.  # [batch, tokens of the longest row], short rows padded with ""
+        output: The output's name.  # [batch, terms]
+        longest: Tokens of the longest term.
+
+    Returns:
+        The nodes, and for each column of their output the vectorizer's own column.
+    """
+    # The operator wants its pool in order of length; the place in the pool becomes the column.
+    pool = sorted(trained.vocabulary_, key=lambda term: (len(term) if longest > 1 else 1, term))
+    columns = [int(trained.vocabulary_[term]) for term in pool]
+    spelled = [list(term) if longest > 1 else [term] for term in pool]
+    starts = [sum(len(term) for term in spelled if len(term) < size) for size in range(1, longest + 1)]
+    # "" is in no term, so what pads short rows counts for nothing.
+    occurrences = helper.make_node(
+        "TfIdfVectorizer",
+        [tokens],
+        [f"{output}_occurs"],
+        mode="IDF",
+        min_gram_length=1,
+        max_gram_length=longest,
+        max_skip_count=0,
+        pool_strings=[token for term in spelled for token in term],
+        ngram_counts=starts,
+        ngram_indexes=list(range(len(pool))),
+        weights=[float(weight) for weight in trained.idf_[columns]],
     )
+    return [
+        occurrences,
+        helper.make_node("LpNormalization", [f"{output}_occurs"], [output], axis=1, p=2),
+    ], columns
 
 
 def graph_of(trained: Pipeline) -> onnx.ModelProto:
@@ -72,25 +121,19 @@ def graph_of(trained: Pipeline) -> onnx.ModelProto:
     Returns:
         A checked model.
     """
-    vectorizer, classifier = trained[0], trained[-1]
-    # The operator wants its pool sorted by length of run; the position in the pool becomes the column.
-    pool = sorted(vectorizer.vocabulary_, key=lambda run: (len(run), run))
-    columns = [vectorizer.vocabulary_[run] for run in pool]
-    starts = [sum(len(run) < size for run in pool) for size in range(1, LONGEST_RUN + 1)]
-    # One token is one character, so a pool entry of a run of n is n tokens.
-    characters = [character for run in pool for character in run]
-    starts = [sum(len(run) for run in pool[:start]) for start in starts]
-    coefficients = classifier.coef_[0][columns]
-
-    def constant(name: str, values: Any, dtype: Any) -> onnx.TensorProto:
-        return numpy_helper.from_array(np.asarray(values, dtype), name)
-
+    (_, words), (_, runs) = trained[0].transformer_list
+    classifier = trained[-1]
+    word_nodes, word_columns = vectorizer_nodes(words, "words", "word_features", longest=1)
+    run_nodes, run_columns = vectorizer_nodes(runs, "characters", "run_features", longest=LONGEST_RUN)
+    columns = [*word_columns, *(len(word_columns) + column for column in run_columns)]
+    # One score and its opposite: their softmax is the classifier's logistic function.
+    coefficients = np.outer(classifier.coef_[0][columns], [-0.5, 0.5])
     initializers = [
         constant("space", " ", object),
         constant("names", LABELS, object),
         constant("first", 0, np.int64),
-        constant("weights", np.stack([-coefficients, coefficients], axis=1) / 2, np.float32),
-        constant("bias", np.array([-1, 1]) * classifier.intercept_[0] / 2, np.float32),
+        constant("weights", coefficients, np.float32),
+        constant("bias", classifier.intercept_[0] * np.array([-0.5, 0.5]), np.float32),
     ]
     tokenizer: dict[str, Any] = {"domain": "com.microsoft", "mark": 0, "pad_value": "", "mincharnum": 1}
     beginning = f"(?s).{{1,{READ_CHARACTERS}}}"
@@ -102,22 +145,11 @@ def graph_of(trained: Pipeline) -> onnx.ModelProto:
         helper.make_node("Gather", ["pieces", "first"], ["read"], axis=1),
         # Locale C is on every machine; it lowers ASCII letters only.
         helper.make_node("StringNormalizer", ["read"], ["lower"], case_change_action="LOWER", locale="C"),
+        helper.make_node("Tokenizer", ["lower"], ["words"], tokenexp=WORD_RE2, **tokenizer),
+        *word_nodes,
         helper.make_node("Tokenizer", ["lower"], ["characters"], separators=[""], **tokenizer),
-        # The empty string that pads short rows is in no run of the pool: it counts for nothing.
-        helper.make_node(
-            "TfIdfVectorizer",
-            ["characters"],
-            ["occurs"],
-            mode="IDF",
-            min_gram_length=1,
-            max_gram_length=LONGEST_RUN,
-            max_skip_count=0,
-            pool_strings=characters,
-            ngram_counts=starts,
-            ngram_indexes=list(range(len(pool))),
-            weights=[float(weight) for weight in vectorizer.idf_[columns]],
-        ),
-        helper.make_node("LpNormalization", ["occurs"], ["features"], axis=1, p=2),
+        *run_nodes,
+        helper.make_node("Concat", ["word_features", "run_features"], ["features"], axis=1),
         helper.make_node("Gemm", ["features", "weights", "bias"], ["scores"]),
         helper.make_node("Softmax", ["scores"], ["probabilities"], axis=1),
         helper.make_node("ArgMax", ["probabilities"], ["best"], axis=1, keepdims=0),
@@ -161,8 +193,8 @@ def main() -> None:
 
     spam_count = sum(message.label == "spam" for message in messages)
     print(f"{len(messages)} messages: {spam_count} spam, {len(messages) - spam_count} ham")
-    run_count = len(trained[0].vocabulary_)
-    print(f"trained on {len(training)}: {run_count} runs of characters, strength {strength:g}")
+    words, runs = (len(part.vocabulary_) for _, part in trained[0].transformer_list)
+    print(f"trained on {len(training)}: {words} words, {runs} runs of characters, strength {strength:g}")
     hits = int(np.sum(trained.predict(texts_of(held_out)) == [message.label for message in held_out]))
     print(f"held-out accuracy: {hits / len(held_out):.3f} ({hits} of {len(held_out)})")
     scores = cross_val_score(pipeline(strength), texts_of(messages), [m.label for m in messages], cv=folds)

@@ -70,7 +70,7 @@ def save(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any]) ->
 
 
 def spam_model(path: Path) -> Path:
-    """text: string[N] -> probabilities: float32[N, 2]; the text "buy" is spam with 0.97, any other with 0.1."""
+    """text: string[N] -> probabilities: float32[N, 2]; the text "buy" is spam by 0.97, any other by 0.1."""
     nodes = [
         helper.make_node(
             "LabelEncoder",

@@ -172,14 +172,16 @@ def test_predict_runs_without_the_dependencies_of_the_server():
     out = python(
         "import sys; sys.stderr = sys.stdout\n"
         "for name in ('pydantic', 'yaml', 'onnxruntime', 'orjson'): sys.modules[name] = None\n"
-        "from forno.server.__main__ import main; main(['predict', '--address', '127.0.0.1:1', 'spam', 'text=x'])"
+        "from forno.server.__main__ import main\n"
+        "main(['predict', '--address', '127.0.0.1:1', 'spam', 'text=x'])"
     )
     assert out.startswith("forno: no server answers at 127.0.0.1:1")
 
 
 def test_check_says_how_each_model_would_be_served(capsys):
     Path("forno.yaml").write_text(
-        "models: {echo: {engine: null, 'null': {shape: [-1, 4]}}, one: {engine: null, batching: {enabled: false}}}\n"
+        "models:\n  echo: {engine: null, 'null': {shape: [-1, 4]}}\n"
+        "  one: {engine: null, batching: {enabled: false}}\n"
         "endpoints: {echoes: {model: echo}}"
     )
     assert main(["check", "forno.yaml"]) == 0

@@ -19,6 +19,7 @@ from forno.server.signature import Signature, TensorSpec
 from forno.v1 import predictor_pb2, tensors
 
 F4, I8, TEXT = np.dtype("f4"), np.dtype("i8"), np.dtype(object)
+WIN = "win a free prize now"
 LABEL = (TensorSpec("label", I8, (-1,)),)
 
 
@@ -175,11 +176,11 @@ def test_the_banner_tells_what_is_served_and_where():
         "",
         """curl -s http://127.0.0.1:8080/v1/spam/detect -d '{"text": "win a free prize now"}'""",
         "",
-        """curl -s http://127.0.0.1:8080/v1/models/spam:predict -d '{"instances": ["win a free prize now"]}'""",
+        f"""curl -s http://127.0.0.1:8080/v1/models/spam:predict -d '{{"instances": ["{WIN}"]}}'""",
         "",
         (
-            """grpcurl -plaintext -d '{"model": "spam", "inputs": [{"name": "text", "shape": [1], "strings": """
-            """{"values": ["win a free prize now"]}}]}' 127.0.0.1:8080 forno.v1.Predictor/Predict"""
+            """grpcurl -plaintext -d '{"model": "spam", "inputs": [{"name": "text", "shape": [1], """
+            f""""strings": {{"values": ["{WIN}"]}}}}]}}' 127.0.0.1:8080 forno.v1.Predictor/Predict"""
         ),
         "",
         "from forno.client import Client",

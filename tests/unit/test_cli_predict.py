@@ -227,9 +227,10 @@ def test_predict_makes_inputs_up(predict):
 
 def test_predict_calls_endpoints(predict, tmp_path):
     body = '{"instances": [[1, 2]]}'
-    assert predict("--endpoint", "pairs", body)[:2] == (0, '{"predictions": [[1, 2]]}\n')
     (tmp_path / "body.json").write_text(body)
-    assert predict("--endpoint", "pairs", f"@{tmp_path}/body.json")[:2] == (0, '{"predictions": [[1, 2]]}\n')
+    for given in (body, f"@{tmp_path}/body.json"):
+        status, out, _ = predict("--endpoint", "pairs", given)
+        assert (status, json.loads(out)) == (0, {"predictions": [[1, 2]]})
 
 
 @pytest.mark.parametrize(

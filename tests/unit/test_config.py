@@ -141,7 +141,10 @@ def test_anchors_and_merge_keys_work(written):
         ("server: {address: }", "forno.yaml:1: server.address is empty; expected a text"),
         (
             "models: {a: {versions: 0}}",
-            "forno.yaml:1: models.a.versions is 0; expected a whole number of 1 or more or a list such as [a, b]",
+            (
+                "forno.yaml:1: models.a.versions is 0; "
+                "expected a whole number of 1 or more or a list such as [a, b]"
+            ),
         ),
         (
             "models: {a: {null: {shape: [1, x]}}}",

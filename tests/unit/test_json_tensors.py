@@ -333,9 +333,17 @@ class TestRoundTrips:
                     body, answer, signature(outputs=[wanted]), rows=1, model="m", version="1"
                 )
                 value = orjson.loads(json_outputs.dumps(value))["outputs"]
-                inputs = [{k: v for k, v in value[0].items() if k != "outputs"}] if body.form == "native" else value
-                back = read(orjson.dumps({"inputs": inputs if body.form == "native" else {"x": inputs}}), wanted)["x"]
-                if body.form == "native" or 0 not in array.shape:  # lists of nothing do not tell what they lack
+                inputs = (
+                    [{k: v for k, v in value[0].items() if k != "outputs"}]
+                    if body.form == "native"
+                    else value
+                )
+                back = read(
+                    orjson.dumps({"inputs": inputs if body.form == "native" else {"x": inputs}}), wanted
+                )["x"]
+                if (
+                    body.form == "native" or 0 not in array.shape
+                ):  # lists of nothing do not tell what they lack
                     assert back.shape == array.shape
                 assert back.dtype == array.dtype
                 assert same(back.reshape(array.shape), array)
@@ -359,12 +367,20 @@ class TestRoundTrips:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(
-        st.sampled_from(["x", "name", "data", "shape", "b64", "inputs", "instances", "data_type", "parameters", "q"]),
-        inner,
-        max_size=4,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["x", "name", "data", "shape", "b64", "inputs", "instances", "data_type", "parameters", "q"]
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=20,
 )
@@ -392,7 +408,9 @@ class TestNothingBreaksTheReader:
             "inputs": {"inputs": value},
             "instances": {"instances": value},
             "inputs.x": {"inputs": {"x": value}},
-            "item": {"inputs": [{"name": "x", "data": value, "shape": value if isinstance(value, list) else [1]}]},
+            "item": {
+                "inputs": [{"name": "x", "data": value, "shape": value if isinstance(value, list) else [1]}]
+            },
         }[place]
         self.attempt(json.dumps(body).encode())
 

@@ -123,7 +123,8 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             [],
             {},
             (
-                "nothing to serve; expected a PATH to MODEL.onnx, NAME/model.onnx or NAME/VERSION/model.onnx, "
+                "nothing to serve; expected a PATH to "
+                "MODEL.onnx, NAME/model.onnx or NAME/VERSION/model.onnx, "
                 "to a folder of such, or to a forno.yaml"
             ),
         ),
@@ -240,7 +241,10 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             ["spam.onnx"],
             ["spam.onnx"],
             {"models": {"zebra": {}}},
-            "models.zebra: there is no model of this name; give it a `path`, or its folder on the command line",
+            (
+                "models.zebra: there is no model of this name; "
+                "give it a `path`, or its folder on the command line"
+            ),
         ),
         (
             ["d/a/m.onnx", "d/b/m.onnx"],

@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from tests.unit.calls import Aborted, CallContext, loaded, registry_of, spam_model, sums_model
 
 from forno.server.config import Config, EndpointSettings, ModelSettings
 from forno.server.endpoints import build
@@ -16,7 +17,6 @@ from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.servicers.rest import RestServicer
 from forno.v1 import rest_pb2
-from tests.unit.calls import Aborted, CallContext, loaded, registry_of, spam_model, sums_model
 
 CODE = grpc.StatusCode
 
@@ -36,7 +36,9 @@ class Rest:
 
     async def invoke(self, endpoint, body, content_type="application/json", context=None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = rest_pb2.RestInvokeRequest(endpoint=endpoint, body=HttpBody(content_type=content_type, data=data))
+        request = rest_pb2.RestInvokeRequest(
+            endpoint=endpoint, body=HttpBody(content_type=content_type, data=data)
+        )
         return await self.outcome(self.servicer.Invoke, request, context)
 
     async def outcome(self, method, request, context=None):
@@ -84,7 +86,12 @@ class TestPredict:
         assert await rest.predict(body, model="sums") == {"outputs": {"label": [3], "total": [3.0]}}
 
     async def test_native_with_the_model_in_the_body(self, rest):
-        body = {"model": "echo", "version": "1", "request_id": "r", "inputs": [{"name": "x", "data": [1, 2, 3]}]}
+        body = {
+            "model": "echo",
+            "version": "1",
+            "request_id": "r",
+            "inputs": [{"name": "x", "data": [1, 2, 3]}],
+        }
         answer = await rest.predict(body)
         assert answer.pop("timings").keys() == {"queue_us", "compute_us", "batch_rows"}
         outputs = [{"name": "y", "data_type": "float32", "shape": [1, 3], "data": [[1, 2, 3]]}]
@@ -100,7 +107,9 @@ class TestPredict:
         code, message = await rest.predict(data, "application/octet-stream", model="sums")
         assert "'x', 'k'" in message
 
-    @pytest.mark.parametrize("content_type", ["", "application/json; charset=utf-8", "application/x-www-form-urlencoded"])
+    @pytest.mark.parametrize(
+        "content_type", ["", "application/json; charset=utf-8", "application/x-www-form-urlencoded"]
+    )
     async def test_what_curl_and_browsers_call_json(self, rest, content_type):
         assert "predictions" in await rest.predict({"instances": [[1, 2, 3]]}, content_type, model="echo")
 
@@ -115,8 +124,18 @@ class TestPredict:
             ({"instances": [[1, 2, 3]]}, {"model": "ecco"}, CODE.NOT_FOUND, ["'echo'"]),
             ({"instances": [[1, 2, 3]]}, {"model": "echo", "version": "9"}, CODE.NOT_FOUND, ["'9'"]),
             ({"instances": [[1, 2, 3]]}, {}, CODE.INVALID_ARGUMENT, ["`model` is missing"]),
-            ({"instances": [[1]], "model": "a"}, {"model": "b"}, CODE.INVALID_ARGUMENT, ["'a'", "path says 'b'"]),
-            ({"instances": [[1]], "label": "a"}, {"model": "echo", "version": "1"}, CODE.INVALID_ARGUMENT, ["version"]),
+            (
+                {"instances": [[1]], "model": "a"},
+                {"model": "b"},
+                CODE.INVALID_ARGUMENT,
+                ["'a'", "path says 'b'"],
+            ),
+            (
+                {"instances": [[1]], "label": "a"},
+                {"model": "echo", "version": "1"},
+                CODE.INVALID_ARGUMENT,
+                ["version"],
+            ),
             ({"instances": [[1]], "input": 1}, {"model": "echo"}, CODE.INVALID_ARGUMENT, ["`inputs`"]),
             (b"{", {"model": "echo"}, CODE.INVALID_ARGUMENT, ["not JSON", "byte"]),
         ],
@@ -165,7 +184,10 @@ class TestPredict:
 class TestInvoke:
     async def test_an_endpoint_answers(self, rest):
         assert await rest.invoke("spam/detect", {"text": "buy"}) == {"prediction": "spam", "confidence": 0.97}
-        assert await rest.invoke("spam/detect", b"hello", "text/plain") == {"prediction": "ham", "confidence": 0.9}
+        assert await rest.invoke("spam/detect", b"hello", "text/plain") == {
+            "prediction": "ham",
+            "confidence": 0.9,
+        }
 
     async def test_refusals(self, rest):
         code, message = await rest.invoke("spam/detec", {"text": "buy"})
@@ -192,7 +214,9 @@ class TestPages:
         }
 
     async def test_not_ready_names_what_is_not(self, rest):
-        rest.registry.add(Model("late", "2", None, ModelSettings(engine="null"), Metrics().model("late", "2")))
+        rest.registry.add(
+            Model("late", "2", None, ModelSettings(engine="null"), Metrics().model("late", "2"))
+        )
         code, message = await rest.outcome(rest.servicer.Ready, rest_pb2.ReadyRequest())
         assert code is CODE.UNAVAILABLE
         assert message == "not ready: late 2 is loading"

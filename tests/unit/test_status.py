@@ -8,10 +8,10 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from tests.unit.calls import Aborted, CallContext
 
 from forno.server import errors
 from forno.server.servicers import status
-from tests.unit.calls import Aborted, CallContext
 
 CODES = [
     (errors.InvalidArgument("m"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),

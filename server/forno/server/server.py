@@ -18,10 +18,11 @@ from forno.server.cli import banner
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.registry import Registry
+from forno.server.servicers import tracing
 from forno.server.servicers.predictor import PredictorServicer
 from forno.server.servicers.rest import RestServicer
 from forno.server.telemetry import Telemetry
-from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2_grpc
+from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2, rest_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("forno")
 
 SERVICE = predictor_pb2.DESCRIPTOR.services_by_name["Predictor"].full_name
+REST_SERVICE = rest_pb2.DESCRIPTOR.services_by_name["Rest"].full_name
 
 
 class Host(Protocol):
@@ -125,10 +127,14 @@ class Server:
     def _mount(self, host: Host, telemetry: Telemetry | None) -> None:
         """Adds every servicer to the transport."""
         predictor = PredictorServicer(self.registry, self._endpoints)
+        rest = RestServicer(self.registry, self._endpoints, self.metrics)
+        if telemetry:
+            tracing.watch_servicer(predictor, SERVICE, telemetry)
+            tracing.watch_servicer(rest, REST_SERVICE, telemetry)
+            for model in self.registry.models():
+                tracing.watch_model(model)
         predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
-        rest_pb2_grpc.add_RestServicer_to_server(
-            RestServicer(self.registry, self._endpoints, self.metrics), host.grpc
-        )
+        rest_pb2_grpc.add_RestServicer_to_server(rest, host.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), host.grpc)

@@ -167,7 +167,7 @@ def _prediction_text(prediction: Prediction) -> Iterable[str]:
     rows = f"{timings.batch_rows} row{'' if timings.batch_rows == 1 else 's'}"
     yield (
         f"{prediction.model} {prediction.version} "
-        f"(waited {timings.queue_us / 1000:.2f} ms, ran {timings.compute_us / 1000:.2f} ms in {rows})"
+        f"(waited {timings.queue_us / 1000:.2f} ms, ran {timings.compute_us / 1000:.2f} ms, batch of {rows})"
     )
     for name, array in prediction.outputs.items():
         shape = ", ".join(map(str, array.shape))

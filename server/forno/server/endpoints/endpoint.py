@@ -55,8 +55,6 @@ class Endpoint:
     """
 
     def __init__(self, name: str, settings: EndpointSettings, registry: Registry) -> None:
-        if settings.version and settings.label:
-            raise ConfigError(f"endpoints.{name} has both `version` and `label`, expected one of them")
         self.name = name
         self.model_name = settings.model
         self._settings = settings

@@ -181,7 +181,7 @@ def _geometry(settings: ImageInput, spec: TensorSpec, where: str) -> Geometry:
     shape = spec.shape
     layout = settings.layout or _layout(shape)
     wanted = {"flat": 2, "NHW": 3}.get(layout, 4)
-    if len(shape) != wanted or shape[0] not in (-1, 1) or spec.dtype.kind not in "fViu":
+    if not layout or len(shape) != wanted or shape[0] not in (-1, 1) or spec.dtype.kind not in "fViu":
         hint = f"which is not {layout} numbers" if layout else "which does not tell: set `layout`"
         raise ConfigError(
             f"{where}: the codec `image` needs rows of images, but '{spec.name}' is {spec}, {hint}"

@@ -159,10 +159,9 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
             text = f"the request is not a message of the type that this method takes: {error}"
             raise self._refusal(grpc.StatusCode.INTERNAL, text) from error
 
-    async def requests(self) -> AsyncIterator[Any]:
+    def requests(self) -> AsyncIterator[Any]:
         """The request stream as an iterator."""
-        while (request := await self.read()) is not grpc.aio.EOF:
-            yield request
+        return _Requests(self)
 
     async def write(self, message: Any) -> None:
         """Sends one response; waits while the client reads more slowly than the handler writes."""
@@ -328,6 +327,22 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         if self._metadata is None:
             self._metadata = self._call.metadata()
         return self._metadata
+
+
+class _Requests:
+    """`Context.read` as an iterator. Not a generator: one that is left half-way would have to be closed."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __aiter__(self) -> _Requests:
+        return self
+
+    async def __anext__(self) -> Any:
+        request = await self._context.read()
+        if request is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return request
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}

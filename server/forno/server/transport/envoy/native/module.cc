@@ -23,6 +23,7 @@ Inbox& inbox = *new Inbox;
 std::atomic<const Methods*> methods{nullptr};
 std::string& application = *new std::string;  // "module:function\nargument"
 std::promise<void>& finished = *new std::promise<void>;
+std::future<void>& python_ended = *new std::future<void>(finished.get_future());
 bool python_started = false;
 
 struct Call {
@@ -210,7 +211,10 @@ PyObject* reply(PyObject*, PyObject* list) {
     PyObject* call;
     char* data;
     Py_ssize_t size;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "O!y#", call_type, &call, &data, &size)) return nullptr;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "O!y#", call_type, &call, &data, &size)) {
+      PyErr_WriteUnraisable(list);  // the others must not suffer; this one is told when its Call goes
+      continue;
+    }
     reinterpret_cast<Call*>(call)->answered = true;
     stream_of(call).reply(data, static_cast<size_t>(size));
   }
@@ -267,7 +271,8 @@ void run_python() {
                                                   application.substr(end + 1).c_str())
                             : nullptr;
   if (!result) {
-    PyErr_Print();
+    if (PyErr_ExceptionMatches(PyExc_SystemExit)) PyErr_Clear();  // printing it would end the process from this thread
+    if (PyErr_Occurred()) PyErr_Print();
     kill(getpid(), SIGTERM);
   }
   Py_XDECREF(result);
@@ -296,7 +301,8 @@ bool start_python() {
   return true;
 }
 
-StreamPtr& state_of(void* state) { return *static_cast<StreamPtr*>(state); }
+// A share of its own for the length of a hook: Envoy may destroy the filter while it sends what the hook gives it.
+StreamPtr state_of(void* state) { return *static_cast<StreamPtr*>(state); }
 
 }  // namespace
 
@@ -316,7 +322,7 @@ HOOK void* envoy_dynamic_module_on_http_filter_config_new(void*, Buffer, Buffer 
 HOOK void envoy_dynamic_module_on_http_filter_config_destroy(void*) {
   if (!python_started) return;
   inbox.push({EventKind::kStop, nullptr, {}});
-  finished.get_future().wait_for(std::chrono::seconds(10));
+  python_ended.wait_for(std::chrono::seconds(10));
 }
 
 HOOK void* envoy_dynamic_module_on_http_filter_new(void*, void*) {
@@ -326,7 +332,9 @@ HOOK void envoy_dynamic_module_on_http_filter_destroy(void* state) {
   state_of(state)->on_gone();
   delete static_cast<StreamPtr*>(state);
 }
-HOOK void envoy_dynamic_module_on_http_filter_stream_complete(void*, void* state) { state_of(state)->on_gone(); }
+HOOK void envoy_dynamic_module_on_http_filter_stream_complete(void*, void* state) {
+  if (state) state_of(state)->on_gone();
+}
 
 HOOK int envoy_dynamic_module_on_http_filter_request_headers(void* filter, void* state, bool end) {
   state_of(state)->on_headers(filter, methods.load(std::memory_order_acquire), end);
@@ -343,10 +351,10 @@ HOOK void envoy_dynamic_module_on_http_filter_scheduled(void* filter, void* stat
   state_of(state)->on_scheduled(filter);
 }
 HOOK void envoy_dynamic_module_on_http_filter_downstream_above_write_buffer_high_watermark(void*, void* state) {
-  state_of(state)->on_watermark(true);
+  if (state) state_of(state)->on_watermark(true);  // null once destroyed, which Envoy does not look at here
 }
 HOOK void envoy_dynamic_module_on_http_filter_downstream_below_write_buffer_low_watermark(void*, void* state) {
-  state_of(state)->on_watermark(false);
+  if (state) state_of(state)->on_watermark(false);
 }
 
 HOOK int envoy_dynamic_module_on_http_filter_response_headers(void*, void*, bool) { return 0; }

@@ -59,6 +59,12 @@ namespace {
 
 Header header(std::string_view key, std::string_view value) { return {key.data(), key.size(), value.data(), value.size()}; }
 
+bool is_grpc_type(std::string_view content_type) {
+  constexpr std::string_view kGrpc = "application/grpc";
+  if (content_type.substr(0, kGrpc.size()) != kGrpc) return false;
+  return content_type.size() == kGrpc.size() || content_type[kGrpc.size()] == '+' || content_type[kGrpc.size()] == ';';
+}
+
 // Headers that belong to the transport, not to the application's metadata.
 bool is_transport_header(std::string_view key) {
   return key.empty() || key[0] == ':' || key == "te" || key == "content-type" || key == "grpc-timeout" ||
@@ -106,14 +112,14 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     } else if (key == ":method") {
       http_method = value;
     } else if (key == "content-type") {
-      is_grpc = value.substr(0, 16) == "application/grpc" && value.substr(0, 20) != "application/grpc-web";
+      is_grpc = is_grpc_type(value);
     } else if (key == "grpc-timeout") {
       const int64_t timeout = timeout_us(value);
       if (timeout >= 0) deadline_us = now_us() + timeout;
     }
     if (!is_transport_header(key)) metadata.emplace_back(key, value);
   }
-  if (!is_grpc) {
+  if (!is_grpc || http_method != "POST") {
     // Nothing that the transcoder knows as REST, and no gRPC either. The body's form is local_reply_config's business.
     refused_ = true;
     const std::string body = "no such path: " + std::string(http_method) + " " + path.substr(0, path.find('?'));
@@ -151,11 +157,11 @@ int Stream::on_body(void* filter, bool end) {
       want_resume_ = full;
     }
     if (full) {  // leave it to Envoy, which stops reading from the client when its own buffer is full
-      left_in_envoy_ = true;
+      left_in_envoy_ = envoy_buffers_ = true;
       ended_in_envoy_ = end;
       return kStopBodyAndWatermark;
     }
-    if (left_in_envoy_) take_body(filter, kBufferedRequestBody);
+    if (envoy_buffers_) take_body(filter, kBufferedRequestBody);
   }
   take_body(filter, kReceivedRequestBody);
   if (split_messages(filter) && end) finish_request(filter);
@@ -169,17 +175,27 @@ void Stream::take_body(void* filter, int type) {
   envoy_dynamic_module_callback_http_get_body_chunks(filter, type, chunks.data());
   size_t total = 0;
   for (const Buffer& chunk : chunks) {
-    if (body_.empty() && chunk.size >= kPrefixBytes && !request_streaming_) {
-      // The prefix says how much will come: one allocation for the whole message, bounded by the message limit.
-      body_.reserve(kPrefixBytes + std::min<size_t>(big_endian(chunk.data + 1), methods_->max_message_bytes));
-    }
-    body_.append(chunk.data, chunk.size);
+    append_body(chunk);
     total += chunk.size;
   }
   if (type == kBufferedRequestBody) {
     left_in_envoy_ = false;
     envoy_dynamic_module_callback_http_drain_body(filter, type, total);
   }
+}
+
+void Stream::append_body(const Buffer& chunk) {
+  const size_t size = body_.size() + chunk.size;
+  if (size > body_.capacity()) {
+    // The prefix says how much will come. Trusted only in proportion to what has come: five bytes of each of many
+    // calls must not reserve the message limit for each.
+    const char* prefix = body_.size() >= kPrefixBytes ? body_.data() : chunk.data;
+    const size_t whole = size >= kPrefixBytes && (body_.empty() || body_.size() >= kPrefixBytes)
+                             ? kPrefixBytes + std::min<size_t>(big_endian(prefix + 1), methods_->max_message_bytes)
+                             : 0;
+    body_.reserve(std::max(size, std::min(whole, 16 * size)));
+  }
+  body_.append(chunk.data, chunk.size);
 }
 
 // Hands whole messages of a streaming call to the loop, and checks limits. False when the call has been refused.
@@ -193,11 +209,15 @@ bool Stream::split_messages(void* filter) {
                  std::to_string(methods_->max_message_bytes) + " (server.max_message_bytes)");
       return false;
     }
-    if (!request_streaming_) return true;  // a unary body is looked at when it is whole
+    if (!request_streaming_) {  // handed over when it is whole
+      if (body_.size() - kPrefixBytes <= length) return true;
+      refuse(filter, kInternal, "the request body goes on after its one gRPC message");
+      return false;
+    }
     if (body_.size() - at - kPrefixBytes < length) break;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      inbox_bytes_ += length + kPrefixBytes;
+      inbox_bytes_ += length + kMessageOverheadBytes;
     }
     inbox_.push({EventKind::kMessage, shared_from_this(), {body_.substr(at + kPrefixBytes, length), body_[at] == 1}});
     at += kPrefixBytes + length;
@@ -253,7 +273,7 @@ void Stream::on_scheduled(void* filter) {
     resume_now = want_resume_ && inbox_bytes_ <= methods_->max_inbox_bytes;
     if (resume_now) want_resume_ = false;
   }
-  if (resume_now && !refused_) resume(filter);
+  if (resume_now && !refused_ && !request_ended_) resume(filter);
   flush(filter);
 }
 
@@ -292,6 +312,7 @@ void Stream::flush(void* filter) {
   }
   std::vector<Header> headers;
   for (Part& part : parts) {
+    if (gone_) return;  // what was sent before has ended the stream
     if (part.kind == Part::kMessage) {
       envoy_dynamic_module_callback_http_send_response_data(filter, {part.framed.data(), part.framed.size()}, false);
       continue;
@@ -338,7 +359,7 @@ void Stream::send(std::vector<Part> parts) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (gone_ || answered_) return;
   for (Part& part : parts) {
-    parts_bytes_ += part.framed.size();
+    if (part.kind == Part::kMessage) parts_bytes_ += part.framed.size() + kMessageOverheadBytes;
     answered_ = answered_ || part.kind == Part::kStatus;
     parts_.push_back(std::move(part));
   }
@@ -357,7 +378,7 @@ void Stream::reply(const char* data, size_t size) {
 
 void Stream::consumed(size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  inbox_bytes_ -= std::min(inbox_bytes_, bytes + kPrefixBytes);
+  inbox_bytes_ -= std::min(inbox_bytes_, bytes + kMessageOverheadBytes);
   if (want_resume_ && inbox_bytes_ <= methods_->max_inbox_bytes) schedule_locked();
 }
 

@@ -28,6 +28,9 @@ struct Part {
   std::string framed;  // kMessage: prefix and bytes
 };
 
+// What a waiting message costs besides its bytes. Counted, or millions of empty ones would weigh nothing.
+constexpr size_t kMessageOverheadBytes = 256;
+
 // A message with its prefix.
 std::string frame_message(const char* data, size_t size, bool compressed);
 
@@ -101,6 +104,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
  private:
   void take_body(void* filter, int type);
+  void append_body(const Buffer& chunk);
   bool split_messages(void* filter);
   void finish_request(void* filter);
   void refuse(void* filter, int code, std::string_view reason);
@@ -120,6 +124,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool headers_sent_ = false;
   bool left_in_envoy_ = false;   // Envoy's buffer holds body that was not taken yet
   bool ended_in_envoy_ = false;  // ... and the end of the request
+  bool envoy_buffers_ = false;   // has left some once: from then on Envoy puts the last piece there as well
   std::string body_;  // bytes of a message that is not whole yet
 
   std::mutex mutex_;  // guards all below
@@ -131,5 +136,5 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool want_resume_ = false;
   bool want_writable_ = false;
   bool answered_ = false;  // a status has been handed over
-  bool gone_ = false;
+  bool gone_ = false;      // written by the worker alone, which may read it without the lock
 };

@@ -1,0 +1,152 @@
+"""Small ONNX models, each with something that a server can get wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto as Type
+from onnx import helper, numpy_helper
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    Value = tuple[str, int, Sequence[int | str | None]]
+
+
+def save(
+    path: Path,
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    nodes: Sequence[onnx.NodeProto],
+    constants: dict[str, Any] | None = None,
+) -> Path:
+    """A model of these parts."""
+    graph = helper.make_graph(
+        list(nodes),
+        "graph",
+        [helper.make_tensor_value_info(*each) for each in inputs],
+        [helper.make_tensor_value_info(*each) for each in outputs],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, path)
+    return path
+
+
+def one(path: Path, operator: str, type_: int, dims: Sequence[int | str], **attributes: Any) -> Path:
+    """y = operator(x), of the same shape."""
+    node = helper.make_node(operator, ["x"], ["y"], **attributes)
+    return save(path, [("x", type_, dims)], [("y", type_, dims)], [node])
+
+
+def mlp(path: Path) -> Path:
+    """relu(x @ w) @ v, rows free: [rows, 8] -> [rows, 3]."""
+    random = np.random.default_rng(1)
+    return save(
+        path,
+        [("x", Type.FLOAT, ["rows", 8])],
+        [("y", Type.FLOAT, ["rows", 3])],
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("MatMul", ["r", "v"], ["y"]),
+        ],
+        {
+            "w": random.standard_normal((8, 16)).astype(np.float32),
+            "v": random.standard_normal((16, 3)).astype(np.float32),
+        },
+    )
+
+
+def two_in_two_out(path: Path) -> Path:
+    """sum and product of a [n, 4] and a [n, 1]."""
+    return save(
+        path,
+        [("a", Type.FLOAT, ["n", 4]), ("b", Type.FLOAT, ["n", 1])],
+        [("sum", Type.FLOAT, ["n", 4]), ("product", Type.FLOAT, ["n", 4])],
+        [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Mul", ["a", "b"], ["product"])],
+    )
+
+
+def centered(path: Path) -> Path:
+    """x minus its mean over axis 0: the rows are free, but not independent."""
+    return save(
+        path,
+        [("x", Type.FLOAT, ["n", 4])],
+        [("y", Type.FLOAT, ["n", 4])],
+        [
+            helper.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=1),
+            helper.make_node("Sub", ["x", "m"], ["y"]),
+        ],
+        {"axes": np.array([0])},
+    )
+
+
+def summed(path: Path) -> Path:
+    """The sum over axis 0: a free first dimension that no output has."""
+    return save(
+        path,
+        [("x", Type.FLOAT, ["n", 4])],
+        [("y", Type.FLOAT, ["m", 4])],
+        [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)],
+        {"axes": np.array([0])},
+    )
+
+
+def noisy(path: Path) -> Path:
+    """x plus random numbers."""
+    return save(
+        path,
+        [("x", Type.FLOAT, ["n", 4])],
+        [("y", Type.FLOAT, ["n", 4])],
+        [
+            helper.make_node("RandomNormalLike", ["x"], ["r"]),
+            helper.make_node("Add", ["x", "r"], ["y"]),
+        ],
+    )
+
+
+def lookup(path: Path, least: int = 0) -> Path:
+    """Rows of a table of 4, by indexes of which `least` is the least that it takes."""
+    return save(
+        path,
+        [("x", Type.INT64, ["n"])],
+        [("y", Type.FLOAT, ["n", 2])],
+        [helper.make_node("Sub", ["x", "least"], ["i"]), helper.make_node("Gather", ["t", "i"], ["y"])],
+        {"t": np.arange(8, dtype=np.float32).reshape(4, 2), "least": np.array(least)},
+    )
+
+
+def passed_through(path: Path) -> Path:
+    """An input that is an output too: a bound output would stay empty."""
+    return save(
+        path,
+        [("x", Type.FLOAT, ["n", 4])],
+        [("x", Type.FLOAT, ["n", 4]), ("y", Type.FLOAT, ["n", 4])],
+        [helper.make_node("Neg", ["x"], ["y"])],
+    )
+
+
+def misdeclared(path: Path) -> Path:
+    """Says that its output has 5 columns, and gives 4."""
+    return save(
+        path,
+        [("x", Type.FLOAT, ["n", 4])],
+        [("y", Type.FLOAT, ["n", 5])],
+        [helper.make_node("NonDeclared" if False else "Abs", ["x"], ["y"])],
+    )
+
+
+def of_sequence(path: Path) -> Path:
+    """Takes a sequence of tensors, which cannot be served."""
+    graph = helper.make_graph(
+        [helper.make_node("SequenceLength", ["s"], ["y"])],
+        "graph",
+        [helper.make_tensor_sequence_value_info("s", Type.FLOAT, None)],
+        [helper.make_tensor_value_info("y", Type.INT64, [])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
