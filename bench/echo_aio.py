@@ -23,9 +23,7 @@ async def serve(port: int) -> None:
     """Serves until SIGTERM."""
     server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(_echo)
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("forno.v1.Predictor", {"Predict": handler}),)
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("forno.v1.Predictor", {"Predict": handler}),))
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     ended = asyncio.Event()

@@ -90,15 +90,11 @@ def run(target: Target, in_flight: int, calls: int) -> Load:
         argv += ["-H", header]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began_s = time.perf_counter()
-    done = subprocess.run(
-        [*argv, target.url], capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False
-    )
+    done = subprocess.run([*argv, target.url], capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False)
     elapsed_s = time.perf_counter() - began_s
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode or not log.exists():
-        raise RuntimeError(
-            f"h2load failed with status {done.returncode}: {(done.stderr or done.stdout)[-500:]}"
-        )
+        raise RuntimeError(f"h2load failed with status {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
     return _read(log, calls, elapsed_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
@@ -114,9 +110,7 @@ def calls_for(target: Target, in_flight: int, seconds: float) -> int:
 
 def _read(log: Path, calls: int, elapsed_s: float, cpu_s: float) -> Load:
     """Reads the log: a line a call with its start in us, its HTTP status and its duration in us."""
-    table = np.array(
-        [[int(part) for part in line.split()] for line in log.read_text().splitlines()], np.int64
-    )
+    table = np.array([[int(part) for part in line.split()] for line in log.read_text().splitlines()], np.int64)
     if not table.size:
         return Load(0, calls, elapsed_s, 0.0, 0.0, 0.0, cpu_s)
     good = table[(table[:, 1] >= 200) & (table[:, 1] < 300)]
@@ -125,9 +119,7 @@ def _read(log: Path, calls: int, elapsed_s: float, cpu_s: float) -> Load:
         return Load(0, calls, elapsed_s, 0.0, 0.0, 0.0, cpu_s)
     seconds = float((table[:, 0] + table[:, 2]).max() - table[:, 0].min()) / 1e6
     p50_us, p99_us = np.percentile(took_us, [50, 99])
-    return Load(
-        len(good), calls - len(good), seconds, float(p50_us), float(p99_us), float(took_us.max()), cpu_s
-    )
+    return Load(len(good), calls - len(good), seconds, float(p50_us), float(p99_us), float(took_us.max()), cpu_s)
 
 
 def version() -> str:

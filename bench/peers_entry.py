@@ -101,9 +101,7 @@ def rest_codec(_model: str) -> Codec:
     """REST: rows as JSON numbers, six decimals as every JSON server of the harness gets them."""
 
     def encode(x: Array) -> bytes:
-        return json.dumps(
-            {"instances": [[round(float(value), 6) for value in row.ravel()] for row in x]}
-        ).encode()
+        return json.dumps({"instances": [[round(float(value), 6) for value in row.ravel()] for row in x]}).encode()
 
     def decode(data: bytes) -> Array:
         return np.array(json.loads(data)["predictions"], np.float32).ravel()

@@ -73,8 +73,7 @@ class ServerProcess:
     def cpu_s(self) -> float:
         """User and system CPU seconds of every process of the server so far, ended children included."""
         return sum(
-            sum(int(part) for part in stat[UTIME : CSTIME + 1]) / TICKS_PER_S
-            for stat in self._family().values()
+            sum(int(part) for part in stat[UTIME : CSTIME + 1]) / TICKS_PER_S for stat in self._family().values()
         )
 
     def pss_mib(self) -> float:

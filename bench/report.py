@@ -58,12 +58,8 @@ def versions(root: Path) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
     git = ["git", "-C", str(root)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
-    ).stdout
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
     found["commit"] = (commit.stdout.strip() or "none") + (" with changes" if changed.strip() else "")
     return found
 
@@ -101,9 +97,7 @@ def table(summaries: Sequence[Record], base: str) -> str:
         rows = sorted((s for s in summaries if s["model"] == model), key=lambda s: s["in_flight"])
         bases = {row["in_flight"]: row for row in rows if row["subject"] == base}
         parts.append(f"### {model}\n\nIn brackets: the ratio to `{base}` at as many in flight.\n")
-        parts.append(
-            "| in flight | server | " + " | ".join(heading for heading, *_ in COLUMNS) + " | errors |"
-        )
+        parts.append("| in flight | server | " + " | ".join(heading for heading, *_ in COLUMNS) + " | errors |")
         parts.append("| --- " * (len(COLUMNS) + 3) + "|")
         parts += [_row(row, bases.get(row["in_flight"])) for row in rows]
         parts.append("")

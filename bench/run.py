@@ -49,9 +49,7 @@ def measure_server(
     """
     with tempfile.TemporaryDirectory(prefix="forno-bench-") as name:
         folder, port = Path(name), free_port()
-        with ServerProcess(
-            subject.command(port, folder, extra), environment(), folder / "server.log"
-        ) as server:
+        with ServerProcess(subject.command(port, folder, extra), environment(), folder / "server.log") as server:
             first_s = subject.first_answer_s(port, server)
             subject.check_answers(port)
             target = subject.target(port, folder)
@@ -172,8 +170,7 @@ def _finish(
         "records": records,
     }
     text = "\n".join(
-        report.table([s for s in summaries if s["model"] == model], arguments.base or BASE[model])
-        for model in grids
+        report.table([s for s in summaries if s["model"] == model], arguments.base or BASE[model]) for model in grids
     )
     text += "".join(f"\nIn process, {model}: " + "; ".join(
         f"{speed.setting} {speed.rows_per_s:,.1f} rows/s" for speed in speeds) + "\n"

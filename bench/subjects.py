@@ -171,9 +171,7 @@ def _expected(model: str, row: Array) -> Array:
 
 
 def _json_body(row: Array) -> bytes:
-    return json.dumps(
-        {"instances": [[round(float(value), 6) for value in one.ravel()] for one in row]}
-    ).encode()
+    return json.dumps({"instances": [[round(float(value), 6) for value in one.ravel()] for one in row]}).encode()
 
 
 def environment() -> dict[str, str]:

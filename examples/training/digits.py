@@ -129,10 +129,7 @@ def graph_of(trained: Classifier) -> onnx.ModelProto:
             helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", DIGITS]),
             helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]),
         ],
-        [
-            numpy_helper.from_array(np.asarray(array, dtype), name)
-            for name, (array, dtype) in constants.items()
-        ],
+        [numpy_helper.from_array(np.asarray(array, dtype), name) for name, (array, dtype) in constants.items()],
     )
     model = helper.make_model(
         graph,

@@ -3,8 +3,9 @@
     python examples/training/spam.py
 
 The whole way from text to answer is in the graph, in operators that plain ONNX Runtime has. The first 999
-characters, A to Z in lower case, are looked at twice: as words, digits and signs such as `!` and `$`, and as runs
-of 1 to 4 characters, which also see `FR33` and parts of words. What occurs, weighted by its rarity, decides.
+characters, A to Z in lower case, are looked at twice: as words, digits and signs such as `!` and `$`, and as
+runs of 1 to 4 characters, which also see `FR33` and parts of words. What occurs
+decides, the rarer the more.
 """
 
 from __future__ import annotations

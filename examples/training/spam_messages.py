@@ -35,9 +35,7 @@ def load(path: Path = FILE) -> list[Message]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         label, tab, text = line.partition("\t")
         if not tab or label not in LABELS:
-            raise ValueError(
-                f"{path.name}:{number}: {line[:40]!r}, expected 'ham' or 'spam', a tab, the text"
-            )
+            raise ValueError(f"{path.name}:{number}: {line[:40]!r}, expected 'ham' or 'spam', a tab, the text")
         messages.append(Message(label, text))
     return messages
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 SERVICE = "test.Conformance"
-LAST_METADATA: dict[str, Any] = {}
 COUNTS: dict[str, int] = {}
 """How often what has happened, by a name that the caller has chosen: `ended NAME`, `cancelled NAME`, ..."""
 RUNNING: dict[str, int] = {"": 0}  # handlers by method
@@ -258,11 +257,18 @@ def _not_encodable(message: Any) -> bytes:
     raise ValueError(f"{message!r} cannot be encoded")
 
 
+def _encode(message: Any) -> bytes:
+    """As a generated serializer: nothing but a message will do."""
+    if not isinstance(message, bytes):
+        raise TypeError(f"{message!r} is no message")
+    return message
+
+
 HANDLERS = {
-    "Unary": grpc.unary_unary_rpc_method_handler(unary),
-    "ServerStream": grpc.unary_stream_rpc_method_handler(server_stream),
+    "Unary": grpc.unary_unary_rpc_method_handler(unary, response_serializer=_encode),
+    "ServerStream": grpc.unary_stream_rpc_method_handler(server_stream, response_serializer=_encode),
     "WriterStream": grpc.unary_stream_rpc_method_handler(writer_stream),
-    "ClientStream": grpc.stream_unary_rpc_method_handler(client_stream),
+    "ClientStream": grpc.stream_unary_rpc_method_handler(client_stream, response_serializer=_encode),
     "ReaderStream": grpc.stream_unary_rpc_method_handler(reader_stream),
     "BothStreams": grpc.stream_stream_rpc_method_handler(both_streams),
     "ReadWriteStream": grpc.stream_stream_rpc_method_handler(read_write_stream),

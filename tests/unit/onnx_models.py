@@ -130,13 +130,13 @@ def passed_through(path: Path) -> Path:
     )
 
 
-def misdeclared(path: Path) -> Path:
-    """Says that its output has 5 columns, and gives 4."""
+def reshaped(path: Path) -> Path:
+    """x in a shape that is an input too, and that the file declares as [2, 2] whatever comes."""
     return save(
         path,
-        [("x", Type.FLOAT, ["n", 4])],
-        [("y", Type.FLOAT, ["n", 5])],
-        [helper.make_node("NonDeclared" if False else "Abs", ["x"], ["y"])],
+        [("x", Type.FLOAT, [4]), ("s", Type.INT64, [2])],
+        [("y", Type.FLOAT, [2, 2])],
+        [helper.make_node("Reshape", ["x", "s"], ["y"])],
     )
 
 

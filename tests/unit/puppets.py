@@ -95,8 +95,8 @@ class PuppetEngine:
             raise RuntimeError("secret internals")
         return [x + 1]
 
-    def settle(self, *, small: bool) -> None:
-        pass
+    def settle(self, *, small: bool) -> bool:
+        return False
 
     def close(self) -> None:
         self.closed += 1

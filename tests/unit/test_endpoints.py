@@ -46,9 +46,7 @@ def picture(array, format_="PNG", **options):
 
 
 def reader(*shape, data_type="float32", **settings):
-    return ImageReader(
-        ImageInput(codec="image", **settings), signature(spec("pixels", data_type, *shape)), "e.input"
-    )
+    return ImageReader(ImageInput(codec="image", **settings), signature(spec("pixels", data_type, *shape)), "e.input")
 
 
 async def pixels_of(reader_, data, content_type="image/png"):
@@ -58,9 +56,7 @@ async def pixels_of(reader_, data, content_type="image/png"):
 
 def label_writer(output, batched=True, extra=(), **settings):
     outputs = [output, *extra]
-    return LabelWriter(
-        LabelOutput(codec="label", **settings), signature(outputs=outputs, batched=batched), "e.output"
-    )
+    return LabelWriter(LabelOutput(codec="label", **settings), signature(outputs=outputs, batched=batched), "e.output")
 
 
 def written(writer, *outputs, many=False):
@@ -351,9 +347,7 @@ class TestLabels:
         writer = label_writer(self.PROBABILITIES, extra=[texts], label_tensor="label")
         assert written(writer, self.ROW, chosen) == {"prediction": "a", "confidence": 0.7}
         numbers = spec("label", "int64", -1)
-        writer = label_writer(
-            self.PROBABILITIES, extra=[numbers], label_tensor="label", labels=("a", "b", "c")
-        )
+        writer = label_writer(self.PROBABILITIES, extra=[numbers], label_tensor="label", labels=("a", "b", "c"))
         assert written(writer, self.ROW, np.int64([2])) == {"prediction": "c", "confidence": 0.1}
         writer = label_writer(self.PROBABILITIES, extra=[numbers], label_tensor="label")
         assert written(writer, self.ROW, np.int64([7])) == {"prediction": 7, "confidence": 0.7}
@@ -389,9 +383,7 @@ class TestTensors:
         expected = {"total": 0.1, "label": 3, "both": [0.1, 0.0]}
         assert (await invoke(Payload(value={"instances": [row]}))).value == {"predictions": [expected]}
         columns = Payload(data=b'{"inputs":{"x":[[0.1,0]],"k":[3]}}')
-        assert (await invoke(columns)).value == {
-            "outputs": {name: [value] for name, value in expected.items()}
-        }
+        assert (await invoke(columns)).value == {"outputs": {name: [value] for name, value in expected.items()}}
         with pytest.raises(InvalidArgument, match="`model` cannot be chosen here"):
             await invoke(Payload(value={"instances": [row], "model": "other"}))
         with pytest.raises(InvalidArgument, match="image/png"):
@@ -435,9 +427,7 @@ class TestSettings:
             endpoints_of(await loaded("m"), **{name: {"model": "m"}})
 
     async def test_an_unknown_model(self):
-        with pytest.raises(
-            ConfigError, match=r"endpoints\.e\.model: model 'mm' is unknown; did you mean 'm'"
-        ):
+        with pytest.raises(ConfigError, match=r"endpoints\.e\.model: model 'mm' is unknown; did you mean 'm'"):
             endpoints_of(await loaded("m"), e={"model": "mm"})
 
 

@@ -36,9 +36,7 @@ class Rest:
 
     async def invoke(self, endpoint, body, content_type="application/json", context=None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = rest_pb2.RestInvokeRequest(
-            endpoint=endpoint, body=HttpBody(content_type=content_type, data=data)
-        )
+        request = rest_pb2.RestInvokeRequest(endpoint=endpoint, body=HttpBody(content_type=content_type, data=data))
         return await self.outcome(self.servicer.Invoke, request, context)
 
     async def outcome(self, method, request, context=None):
@@ -214,9 +212,7 @@ class TestPages:
         }
 
     async def test_not_ready_names_what_is_not(self, rest):
-        rest.registry.add(
-            Model("late", "2", None, ModelSettings(engine="null"), Metrics().model("late", "2"))
-        )
+        rest.registry.add(Model("late", "2", None, ModelSettings(engine="null"), Metrics().model("late", "2")))
         code, message = await rest.outcome(rest.servicer.Ready, rest_pb2.ReadyRequest())
         assert code is CODE.UNAVAILABLE
         assert message == "not ready: late 2 is loading"

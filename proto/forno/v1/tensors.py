@@ -30,7 +30,7 @@ class ElementType(NamedTuple):
 
 
 TABLE = tuple(
-    ElementType(pb.DataType.Value(f"DATA_TYPE_{name.upper()}"), name, numpy, typed)
+    ElementType(getattr(pb, f"DATA_TYPE_{name.upper()}"), name, numpy, typed)
     for name, numpy, typed in (
         ("bool", "|b1", "bools"),
         ("int8", "|i1", "ints"),
@@ -48,11 +48,11 @@ TABLE = tuple(
         ("string", "|O", "strings"),
     )
 )
-_BY_NUMBER = {row.number: row for row in TABLE}
+_BY_NUMBER: dict[int, ElementType] = {row.number: row for row in TABLE}
 _BY_NAME = {row.name: row for row in TABLE}
 _BY_NUMPY = {row.numpy: row for row in TABLE}
-_RAW_DTYPE = {row.number: np.dtype(row.numpy) for row in TABLE if row.name not in ("bfloat16", "string")}
-_NUMBER_OF_DTYPE = {dtype: number for number, dtype in _RAW_DTYPE.items()}
+_RAW_DTYPE: dict[int, np.dtype[Any]] = {row.number: np.dtype(row.numpy) for row in TABLE if row.name not in ("bfloat16", "string")}
+_NUMBER_OF_DTYPE = {np.dtype(row.numpy): row.number for row in TABLE if row.number in _RAW_DTYPE}
 STRING = pb.DATA_TYPE_STRING
 OBJECT = np.dtype(object)
 
@@ -72,15 +72,15 @@ def dtype_of(number: int) -> np.dtype[Any]:
     Raises:
         KeyError: The number is no element type, or is unspecified.
     """
-    found = _RAW_DTYPE.get(number)  # type: ignore[call-overload]
-    if found is not None:
-        return found  # type: ignore[no-any-return]
+    if number in _RAW_DTYPE:
+        return _RAW_DTYPE[number]
     if number == STRING:
         return OBJECT
     if number == pb.DATA_TYPE_BFLOAT16:
         import ml_dtypes  # noqa: PLC0415  (only bfloat16 models pay for it)
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     raise KeyError(number)
 
 

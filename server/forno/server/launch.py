@@ -110,11 +110,11 @@ def _free_address(address: str) -> tuple[str, int]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(target)
             probe.listen()
-            return target[0], probe.getsockname()[1]
+            return str(target[0]), int(probe.getsockname()[1])
     except socket.gaierror:
         raise ConfigError(f"server.address is {address!r}: there is no host {host!r}") from None
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {address}: {error.strerror.lower()}; "
+            f"cannot listen on {address}: {(error.strerror or str(error)).lower()}; "
             "stop what uses it, or choose another port with --address HOST:PORT (port 0 = any free one)"
         ) from None

@@ -13,8 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
-from forno.server import endpoints
-from forno.server.cli import banner
+from forno.server import banner, endpoints
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.registry import Registry
@@ -84,7 +83,7 @@ class Server:
                 if version == spec.version:
                     self.registry.set_label(spec.name, label, version)
         self._endpoints = endpoints.build(config, self.registry)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -136,8 +135,9 @@ class Server:
         predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
         rest_pb2_grpc.add_RestServicer_to_server(rest, host.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), host.grpc)
+        names = (SERVICE, REST_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        describer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+        add_ServerReflectionServicer_to_server(describer, host.grpc)
 
     async def _load(self) -> None:
         """Loads and warms up every model, one after another: each may use all cores."""

@@ -87,7 +87,7 @@ async def _check(config: Config, specs: Sequence[ModelSpec]) -> int:
 
 
 async def _found(model: Model) -> _Finding:
-    from forno.server.cli import banner  # noqa: PLC0415
+    from forno.server import banner  # noqa: PLC0415
 
     run_us = await _median_us(model)
     return _Finding(

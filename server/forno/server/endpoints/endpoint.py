@@ -102,9 +102,7 @@ class Endpoint:
             try:
                 self._fit(model)
             except ConfigError as error:
-                raise NotReady(
-                    f"endpoint '{self.name}' does not fit the model that it has now: {error}"
-                ) from error
+                raise NotReady(f"endpoint '{self.name}' does not fit the model that it has now: {error}") from error
         reader, writer = self._reader, self._writer
         decoded = await reader.read(payload)
         answer = await call(model, decoded.arrays, expires_us=expires_us)
@@ -161,9 +159,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"endpoints.{name}: names that begin with '{parts[0]}' belong to the server itself")
 
 
-async def call(
-    model: Model, arrays: Mapping[str, Array], *, expires_us: int = NEVER_US, priority: int = 0
-) -> Answer:
+async def call(model: Model, arrays: Mapping[str, Array], *, expires_us: int = NEVER_US, priority: int = 0) -> Answer:
     """Runs a model on named arrays; cancelling it cancels the request.
 
     Returns:

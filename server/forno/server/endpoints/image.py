@@ -110,9 +110,7 @@ class ImageReader:
                 pixels = array.reshape(-1, height, width, channels)
                 if len(pixels) == 0:
                     break
-                return Decoded(
-                    {self._spec.name: self._geometry.arrange(pixels)}, many=array.ndim > len(shape)
-                )
+                return Decoded({self._spec.name: self._geometry.arrange(pixels)}, many=array.ndim > len(shape))
         wanted = [height, width] if channels == 1 else [height, width, channels]
         raise place.wrong(f"has shape {list(array.shape)}, expected {wanted}, or a list of such")
 
@@ -138,9 +136,7 @@ class ImageReader:
     def _decode(self, image: Image.Image) -> Array:  # [height, width, channels], 0 to 255; any thread
         size = (self._geometry.width, self._geometry.height)
         try:
-            image.draft(
-                self._mode, (max(size), max(size))
-            )  # a JPEG comes out smaller at once, at no loss to us
+            image.draft(self._mode, (max(size), max(size)))  # a JPEG comes out smaller at once, at no loss to us
             picture = ImageOps.exif_transpose(image)
             picture = _plain(picture).convert(self._mode)
             if picture.size != size:
@@ -183,31 +179,24 @@ def _geometry(settings: ImageInput, spec: TensorSpec, where: str) -> Geometry:
     wanted = {"flat": 2, "NHW": 3}.get(layout, 4)
     if not layout or len(shape) != wanted or shape[0] not in (-1, 1) or spec.dtype.kind not in "fViu":
         hint = f"which is not {layout} numbers" if layout else "which does not tell: set `layout`"
-        raise ConfigError(
-            f"{where}: the codec `image` needs rows of images, but '{spec.name}' is {spec}, {hint}"
-        )
+        raise ConfigError(f"{where}: the codec `image` needs rows of images, but '{spec.name}' is {spec}, {hint}")
     channels = {"NHWC": shape[-1], "NCHW": shape[1], "NHW": 1}.get(layout, -1)
     if channels < 0:
         channels = 3 if settings.mode == "RGB" else 1
     if channels not in (1, 3) or settings.mode not in (None, "L" if channels == 1 else "RGB"):
-        raise ConfigError(
-            f"{where}.mode is {settings.mode}, but '{spec.name}' is {spec}: {channels} channels"
-        )
+        raise ConfigError(f"{where}.mode is {settings.mode}, but '{spec.name}' is {spec}: {channels} channels")
     if layout == "flat":
         height, width = settings.size or _square(shape[1] // channels)
         fits = shape[1] in (-1, height * width * channels) and height > 0
     else:
         of_model = shape[2:] if layout == "NCHW" else shape[1:3]
         height, width = (
-            mine if theirs < 0 else theirs
-            for theirs, mine in zip(of_model, settings.size or of_model, strict=True)
+            mine if theirs < 0 else theirs for theirs, mine in zip(of_model, settings.size or of_model, strict=True)
         )
         fits = min(height, width) > 0 and settings.size in (None, (height, width))
     if not fits:
         seen = "missing" if settings.size is None else f"{list(settings.size)}"
-        raise ConfigError(
-            f"{where}.size is {seen}, but '{spec.name}' is {spec}: set the height and width that fit it"
-        )
+        raise ConfigError(f"{where}.size is {seen}, but '{spec.name}' is {spec}: set the height and width that fit it")
     return Geometry(layout, height, width, channels)
 
 

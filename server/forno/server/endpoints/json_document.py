@@ -82,9 +82,7 @@ def _not_json(body: bytes, error: json.JSONDecodeError) -> InvalidArgument:
         for word in _BARE:
             if start >= 0 and body.startswith(word, start):
                 name = word.decode()
-                return InvalidArgument(
-                    f'the body is not JSON: {name} at byte {start}; write it as a string: "{name}"'
-                )
+                return InvalidArgument(f'the body is not JSON: {name} at byte {start}; write it as a string: "{name}"')
     return InvalidArgument(
         f"the body is not JSON: {error.msg} at byte {at} (line {error.lineno}, column {error.colno})"
     )

@@ -112,10 +112,7 @@ def _from_columns(body: Body, specs: Specs) -> dict[str, Array]:
     if body.is_run(content) or type(content) is not dict or _is_blob(content, specs):
         return _only(body, specs, "inputs")
     json_document.refuse_unknown(content, specs, "inputs")
-    return {
-        name: _array(body, value, specs[name], Place(name, f"inputs.{name}"))
-        for name, value in content.items()
-    }
+    return {name: _array(body, value, specs[name], Place(name, f"inputs.{name}")) for name, value in content.items()}
 
 
 def _only(body: Body, specs: Specs, path: str) -> dict[str, Array]:
@@ -169,9 +166,7 @@ def _native_array(body: Body, item: Mapping[str, Any], spec: TensorSpec, where: 
             return array
         shape = fitting(array.size, spec)
         if shape is None:
-            raise place.wrong(
-                f"has {array.size} values, which do not decide the shape of {spec}: give `shape`"
-            )
+            raise place.wrong(f"has {array.size} values, which do not decide the shape of {spec}: give `shape`")
     written = shape if array.size else shape[: array.ndim]  # lists of nothing do not say what they lack
     if array.ndim > 1 and array.shape != written:
         raise place.wrong(f"is nested as {list(array.shape)}, but `shape` is {list(shape)}")

@@ -31,9 +31,15 @@ MARK = "\0"
 not lifted."""
 
 _MIN_BYTES = 4096  # shorter runs are read as fast by the plain reader
+_KEPT_BYTES = 4 * 1024 * 1024
 _MAX_RANK = 32
 _EMPTY = re.compile(rb"\[\s*\]")
 _NUMBER_BYTES = b"0123456789.eE+- \t\r\n"
+
+
+# A parser keeps about six times the size of the largest run that it has read. To get and touch that memory anew
+# costs as much as the parsing, so one is kept for runs of common sizes. Event loop only.
+_parser: Any = simdjson.Parser() if simdjson is not None else None
 
 
 class Unliftable(Exception):
@@ -75,7 +81,8 @@ def read(run: bytes, dtype: np.dtype[Any]) -> Array:
     if not kind or brackets != _brackets(shape):
         raise Unliftable
     try:
-        buffer = simdjson.Parser().parse(run).as_buffer(of_type=kind)
+        parser = _parser if len(run) <= _KEPT_BYTES else simdjson.Parser()
+        buffer = parser.parse(run).as_buffer(of_type=kind)
         flat: Array = np.frombuffer(buffer, {"d": np.float64, "i": np.int64, "u": np.uint64}[kind])
         flat = flat.reshape(shape)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # whatever simdjson says

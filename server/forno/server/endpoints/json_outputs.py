@@ -69,9 +69,7 @@ def _rows(outputs: dict[str, Array], rows: int) -> Any:
     return [{name: value[row] for name, value in values.items()} for row in range(rows)]
 
 
-def _native(
-    body: Body, outputs: dict[str, Array], answer: Answer, model: str, version: str
-) -> dict[str, Any]:
+def _native(body: Body, outputs: dict[str, Array], answer: Answer, model: str, version: str) -> dict[str, Any]:
     value: dict[str, Any] = {"model": model, "version": version}
     if body.request_id:
         value["request_id"] = body.request_id

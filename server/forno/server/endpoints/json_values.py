@@ -82,7 +82,7 @@ def to_json(array: Array) -> Any:
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return _nested([_number(value) for value in array.ravel()], array.shape)
+        return _nested(_with_words(array.ravel()), array.shape)
     return np.ascontiguousarray(array) if array.ndim else array.reshape(1)[0]
 
 
@@ -170,9 +170,7 @@ def _bools(leaves: list[Any], kinds: set[type], shape: tuple[int, ...], place: P
     return np.array(leaves, np.bool_)
 
 
-def _integers(
-    leaves: list[Any], kinds: set[type], dtype: np.dtype[Any], shape: tuple[int, ...], place: Place
-) -> Array:
+def _integers(leaves: list[Any], kinds: set[type], dtype: np.dtype[Any], shape: tuple[int, ...], place: Place) -> Array:
     if not kinds <= {int}:
         leaves = [
             leaf if type(leaf) is int else _whole(leaf, dtype, place, _index(number, shape))
@@ -200,9 +198,7 @@ def _whole(leaf: object, dtype: np.dtype[Any], place: Place, index: Sequence[int
     raise place.wrong(f"is {show(leaf)}, expected {what} ({dtype.name})", index)
 
 
-def _floats(
-    leaves: list[Any], kinds: set[type], dtype: np.dtype[Any], shape: tuple[int, ...], place: Place
-) -> Array:
+def _floats(leaves: list[Any], kinds: set[type], dtype: np.dtype[Any], shape: tuple[int, ...], place: Place) -> Array:
     if not kinds <= {float, int}:
         leaves = [
             leaf if type(leaf) in (float, int) else _not_finite(leaf, dtype, place, _index(number, shape))
@@ -227,9 +223,7 @@ def _not_finite(leaf: object, dtype: np.dtype[Any], place: Place, index: Sequenc
     found = _NOT_FINITE.get(leaf) if isinstance(leaf, str) else None
     if found is None:
         text = f"is {show(leaf)}, expected a number ({tensors.name_of(dtype)})"
-        raise place.wrong(
-            f'{text}, "NaN", "Infinity" or "-Infinity"' if isinstance(leaf, str) else text, index
-        )
+        raise place.wrong(f'{text}, "NaN", "Infinity" or "-Infinity"' if isinstance(leaf, str) else text, index)
     return found
 
 
@@ -246,10 +240,12 @@ def _text(value: object) -> object:
     return value
 
 
-def _number(value: np.floating[Any]) -> object:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def _with_words(flat: Array) -> list[Any]:
+    values: list[Any] = list(flat)
+    for number in np.flatnonzero(~np.isfinite(flat)).tolist():
+        value = values[number]
+        values[number] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return values
 
 
 def _nested(flat: list[Any], shape: tuple[int, ...]) -> Any:

@@ -42,9 +42,7 @@ class LabelWriter:
         self._one_row = len(spec.shape) == 1 and not signature.batched
         classes = spec.shape[-1] if len(spec.shape) == 2 or self._one_row else 1
         if len(spec.shape) not in (1, 2):
-            raise ConfigError(
-                f"{where}.tensor: '{spec.name}' is {spec}, expected one score a class for each row"
-            )
+            raise ConfigError(f"{where}.tensor: '{spec.name}' is {spec}, expected one score a class for each row")
         if self._labels and classes >= 0 and len(self._labels) != max(classes, 2):
             raise ConfigError(
                 f"{where}.labels has {len(self._labels)} names, but output '{spec.name}' is {spec}: "
@@ -62,9 +60,7 @@ class LabelWriter:
         rows = scores.astype(np.float64)
         rows = rows.reshape(1, -1) if self._one_row else rows.reshape(len(rows), -1)
         if not np.isfinite(rows).all():
-            raise EngineFailed(
-                f"the model's output '{self._spec.name}' has scores that are not finite numbers"
-            )
+            raise EngineFailed(f"the model's output '{self._spec.name}' has scores that are not finite numbers")
         if rows.shape[1] == 1:  # of two classes, the second one's
             second = 1 / (1 + np.exp(-np.clip(rows, -500, 500))) if self._logits else rows
             return np.hstack([1 - second, second])
@@ -100,13 +96,9 @@ class LabelWriter:
 def _scores_at(settings: LabelOutput, signature: Signature, where: str) -> int:
     if settings.tensor:
         return _output_at(settings.tensor, signature, f"{where}.tensor")
-    found = [
-        number for number, spec in enumerate(signature.outputs) if spec.dtype.kind in "fV" and spec.shape
-    ]
+    found = [number for number, spec in enumerate(signature.outputs) if spec.dtype.kind in "fV" and spec.shape]
     if len(found) != 1:
-        raise ConfigError(
-            f"{where}.tensor is missing, and {_listed(signature)} leave open which output has the scores"
-        )
+        raise ConfigError(f"{where}.tensor is missing, and {_listed(signature)} leave open which output has the scores")
     return found[0]
 
 

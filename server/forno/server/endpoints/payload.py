@@ -72,9 +72,7 @@ class Decoded:
 
     arrays: Mapping[str, Array]
     many: bool = False  # whether the reply is a list, one entry a row
-    body: Body = field(
-        default_factory=lambda: Body(form="columns", content=None)
-    )  # whose form the reply takes
+    body: Body = field(default_factory=lambda: Body(form="columns", content=None))  # whose form the reply takes
 
 
 @dataclass(frozen=True, slots=True)

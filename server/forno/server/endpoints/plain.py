@@ -29,10 +29,8 @@ class TensorsReader:
                 f"the content type is '{payload.content_type[:100]}', expected application/json",
                 "content-type",
             )
-        if payload.value is NOTHING:
-            body = json_body.parse(payload.data)
-        else:
-            body = json_body.of_value(payload.value)
+        parsed = payload.value is not NOTHING
+        body = json_body.of_value(payload.value) if parsed else json_body.parse(payload.data)
         for key in ("model", "version", "label"):
             if getattr(body, key):
                 raise json_body.wrong(key, "cannot be chosen here: the endpoint decides it")
@@ -64,9 +62,7 @@ class TensorsWriter:
             model=self._model,
             version=self._version,
         )
-        return orjson.loads(
-            json_outputs.dumps(value)
-        )  # which turns arrays into lists, each number as its digits
+        return orjson.loads(json_outputs.dumps(value))  # which turns arrays into lists, each number as its digits
 
 
 def rows_of(decoded: Decoded) -> int:

@@ -142,9 +142,7 @@ def _line(details: ErrorDetails, kind: type[Settings], where: str) -> str:
     if details["type"] == "extra_forbidden":
         known = [*kind.model_fields]
         meant = nearest(key, known)
-        return f"{path} is not a setting; " + (
-            f"did you mean `{meant}`?" if meant else f"there is {listed(known)}"
-        )
+        return f"{path} is not a setting; " + (f"did you mean `{meant}`?" if meant else f"there is {listed(known)}")
     if not key:
         return f"{path} takes {message}"
     return f"{path} is {_shown(details['input'])}: {message}"

@@ -35,9 +35,7 @@ class TextReader:
         self._field = settings.field
         self._spec = only_input(signature, settings.tensor, where)
         shape = self._spec.shape
-        if self._spec.dtype != tensors.OBJECT or not (
-            len(shape) == 1 or (len(shape) == 2 and shape[1] in (-1, 1))
-        ):
+        if self._spec.dtype != tensors.OBJECT or not (len(shape) == 1 or (len(shape) == 2 and shape[1] in (-1, 1))):
             raise ConfigError(
                 f"{where}: the codec `text` needs an input string[?] or string[?, 1], "
                 f"but '{self._spec.name}' is {self._spec}"
@@ -48,9 +46,7 @@ class TextReader:
         value = self._value(payload)
         texts = value if isinstance(value, list) else [value]
         if not texts:
-            raise InvalidArgument(
-                f"`{self._field}` is an empty list, expected a text or a list of texts", self._field
-            )
+            raise InvalidArgument(f"`{self._field}` is an empty list, expected a text or a list of texts", self._field)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 path = f"{self._field}[{number}]" if isinstance(value, list) else self._field
@@ -85,9 +81,7 @@ def only_input(signature: Signature, name: str, where: str) -> TensorSpec:
     """
     known = [spec.name for spec in signature.inputs]
     if len(known) != 1:
-        raise ConfigError(
-            f"{where}: this codec fills one input, but the model has {len(known)}: {', '.join(known)}"
-        )
+        raise ConfigError(f"{where}: this codec fills one input, but the model has {len(known)}: {', '.join(known)}")
     if name not in ("", known[0]):
         raise ConfigError(f"{where}.tensor is '{name}', but the model's input is '{known[0]}'")
     return signature.inputs[0]

@@ -40,10 +40,11 @@ class Engine(Protocol[SlotT]):
             Outputs in the signature's order, valid until the slot's next run.
         """
 
-    def settle(self, *, small: bool) -> None:
+    def settle(self, *, small: bool) -> bool:
         """Told once, after the first measurements: whether runs are so short that threads would only cost.
 
-        Slots made before are not to be used afterwards.
+        Returns:
+            Whether the file was opened anew for that; slots made before are then of no use.
         """
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ class NullEngine:
     """Output `y` is input `x`, after a delay. Owned by a Model; used by one thread at a time.
 
     Raises:
-        ConfigError: The settings name no element type, or a shape that cannot be.
+        ConfigError: The settings name no element type.
     """
 
     name = "null"
@@ -37,8 +37,6 @@ class NullEngine:
             known = ", ".join(row.name for row in tensors.TABLE)
             raise ConfigError(f"null.data_type is '{settings.data_type}', expected one of {known}") from None
         shape = settings.shape
-        if any(size < -1 for size in shape):
-            raise ConfigError(f"null.shape is {list(shape)}, expected sizes of at least 0, or -1 for any")
         self._delay_s = settings.delay_us / 1e6
         self.signature = Signature(
             inputs=(TensorSpec("x", dtype, shape),),
@@ -50,14 +48,15 @@ class NullEngine:
         """Buffers for one batch of up to `max_rows` rows."""
         return HostSlot(self.signature, max_rows)
 
-    def run(self, slot: HostSlot, rows: int) -> Sequence[Array]:  # noqa: ARG002
+    def run(self, slot: HostSlot, rows: int) -> Sequence[Array]:
         """Waits, and hands the input back."""
         if self._delay_s:
             time.sleep(self._delay_s)
         return slot.inputs
 
-    def settle(self, *, small: bool) -> None:
+    def settle(self, *, small: bool) -> bool:
         """Has nothing to arrange."""
+        return False
 
     def close(self) -> None:
         """Has nothing to free."""

@@ -119,12 +119,14 @@ class OnnxEngine:
             return outputs
         return binding.outputs
 
-    def settle(self, *, small: bool) -> None:
+    def settle(self, *, small: bool) -> bool:
         """Opens the session anew if it should have another number of threads."""
         threads = self._settings.intra_op_threads or (1 if small else _usable_cores())
-        if threads != self._threads:
-            self._threads = threads
-            self._session = self._open()
+        if threads == self._threads:
+            return False
+        self._threads = threads
+        self._session = self._open()
+        return True
 
     def close(self) -> None:
         """Frees the session."""

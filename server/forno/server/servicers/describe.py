@@ -21,7 +21,7 @@ def model(model: Model, registry: Registry, endpoints: Iterable[Endpoint]) -> mo
         name=model.name,
         version=model.version,
         labels=registry.labels_of(model),
-        state=model_pb2.ModelState.Value(f"MODEL_STATE_{model.state.name}"),
+        state=f"MODEL_STATE_{model.state.name}",
         error=model.error,
         engine=model.engine_name,
         endpoints=sorted(endpoint.name for endpoint in endpoints if endpoint.model_name == model.name),

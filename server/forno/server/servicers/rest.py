@@ -154,9 +154,7 @@ def _selected(request: rest_pb2.RestPredictRequest, body: Body) -> tuple[str, st
             raise json_body.wrong(key, f"is '{of_body[:200]}', but the path says '{of_path[:200]}'")
         chosen[key] = of_path or of_body
     if not chosen["model"]:
-        raise json_body.wrong(
-            "model", "is missing: name the model in the body, or call /v1/models/NAME:predict"
-        )
+        raise json_body.wrong("model", "is missing: name the model in the body, or call /v1/models/NAME:predict")
     if chosen["version"] and chosen["label"]:
         raise json_body.wrong("label", f"is '{chosen['label'][:200]}' beside a version, expected one of them")
     return chosen["model"], chosen["version"], chosen["label"]

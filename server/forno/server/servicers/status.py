@@ -67,9 +67,7 @@ def to_status(error: BaseException) -> Status:
     if outcome is _UNEXPECTED:
         error_id = secrets.token_hex(6)
         _log.error("unexpected error %s", error_id, exc_info=error)
-        message = (
-            f"the server failed in a way that nobody expected; its log says more under the id {error_id}"
-        )
+        message = f"the server failed in a way that nobody expected; its log says more under the id {error_id}"
     status = Status(code=outcome.code.value[0], message=message)
     details: list[Message] = [ErrorInfo(reason=outcome.reason, domain=DOMAIN)]
     match error:

@@ -12,6 +12,7 @@ from forno.server.transport.envoy.supervisor import Envoy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from typing import Any
 
     from forno.server.config import Config
@@ -24,8 +25,8 @@ class ProxyHost:
     def __init__(
         self, config: Config, host: str, port: int, count_rpcs: CountRpcs, on_log: Callable[[str], None]
     ) -> None:
-        def end(folder: object) -> bootstrap.RouterEnd:
-            return bootstrap.RouterEnd(bootstrap.Path(str(folder), "servicers.sock"))
+        def end(folder: Path) -> bootstrap.RouterEnd:
+            return bootstrap.RouterEnd(folder / "servicers.sock")
 
         self._envoy = Envoy(config, host, port, end, on_log)
         self._aio = AioHost(

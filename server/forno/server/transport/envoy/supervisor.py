@@ -186,7 +186,7 @@ def libpython() -> str | None:
         from find_libpython import find_libpython  # noqa: PLC0415  (only where the usual place is empty)
     except ImportError:
         return None
-    return find_libpython()  # type: ignore[no-any-return]
+    return find_libpython()
 
 
 def serve_inside(
@@ -228,7 +228,8 @@ def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _S
     waiting = selectors.DefaultSelector()
     waiting.register(control, selectors.EVENT_READ)
     waiting.register(signals.descriptor, selectors.EVENT_READ)
-    pending, draining_until, failure = b"", None, ""
+    pending, failure = b"", ""
+    draining_until: float | None = None
     while True:
         left_s = None if draining_until is None else max(0.0, draining_until - time.monotonic())
         for key, _ in waiting.select(left_s):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 
-from forno.server.cli import banner, examples
+from forno.server import banner
+from forno.server.banner import examples
 from forno.server.config import EndpointSettings, ModelSettings
 from forno.server.signature import Signature, TensorSpec
 from forno.v1 import predictor_pb2, tensors
