@@ -55,8 +55,8 @@ class RawClient:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.settimeout(5)
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(validate_outbound_headers=False))
-        self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window_bytes})
         self.h2.initiate_connection()
+        self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window_bytes})
         self.answers: dict[int, Answer] = {}
         self.acknowledge = True  # whether received data opens the window again
         self._flush()

@@ -85,14 +85,18 @@ def centered(path: Path) -> Path:
     )
 
 
-def summed(path: Path) -> Path:
-    """The sum over axis 0: a free first dimension that no output has."""
+def filtered(path: Path) -> Path:
+    """The rows whose first element is positive: how many come out depends on what they hold."""
     return save(
         path,
         [("x", Type.FLOAT, ["n", 4])],
         [("y", Type.FLOAT, ["m", 4])],
-        [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)],
-        {"axes": np.array([0])},
+        [
+            helper.make_node("Gather", ["x", "first"], ["f"], axis=1),
+            helper.make_node("Greater", ["f", "zero"], ["c"]),
+            helper.make_node("Compress", ["x", "c"], ["y"], axis=0),
+        ],
+        {"first": np.array(0), "zero": np.float32(0)},
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from onnx import TensorProto as Type
 
@@ -42,7 +42,7 @@ def test_rows_of_every_type_are_made_up(tmp_path, type_):
     ("make", "note"),
     [
         (onnx_models.centered, "output 'y' depends on which rows run together"),
-        (onnx_models.summed, "output 'y' has shape .* does not count them"),
+        (onnx_models.filtered, "output 'y' has shape .* does not count them"),
         (onnx_models.noisy, "output 'y' depends on which rows run together"),
     ],
 )
@@ -54,7 +54,7 @@ def test_rows_that_depend_on_their_company_run_alone(tmp_path, make, note):
     assert not found.signature.batched
     assert found.signature == engine.signature
     assert found.passed
-    np.testing.assert_equal(bool(__import__("re").match(note, found.note)), actual=True)
+    assert re.match(note, found.note)
     with pytest.raises(ConfigError, match=f"batching.enabled is true, but {note}"):
         warmed(path, enabled=True)
 
@@ -84,17 +84,7 @@ def test_indexes_into_a_table_are_found(tmp_path):
 
 
 def test_rows_that_could_not_be_told_apart_run_alone_unless_the_settings_know(tmp_path):
-    path = onnx_models.lookup(tmp_path / "m.onnx", least=1)  # takes ones, but not zeros
-    path = onnx_models.save(
-        path,
-        [("x", Type.INT64, ["n"])],
-        [("y", Type.FLOAT, ["n", 2])],
-        [
-            onnx_models.helper.make_node("Sub", ["x", "least"], ["i"]),
-            onnx_models.helper.make_node("Gather", ["t", "i"], ["y"]),
-        ],
-        {"t": np.ones((1, 2), np.float32), "least": np.array(1)},
-    )
+    path = onnx_models.lookup(tmp_path / "m.onnx", least=5)  # 1 is the last row, counted from the end; 0 is none
     found = warmed(path)
     assert not found.signature.batched
     assert found.passed
