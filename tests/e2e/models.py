@@ -38,6 +38,7 @@ def make_repository(folder: Path) -> Path:
     - pick: y = table[x], ten entries; an index out of range fails in the engine
     - mean: y = x - mean(x over axis 0): a free first axis that does not count rows
     - slow: the null engine, 0.3 s a run
+    - narrow: as slow, one row a run and one that may wait
     """
     row = ["n", 3]
     ten = np.array(10, np.float32)
@@ -56,4 +57,8 @@ def make_repository(folder: Path) -> Path:
           [("x", FLOAT, ["n", 2])], [("y", FLOAT, ["n", 2])])
     (folder / "slow").mkdir()
     (folder / "slow" / "model.yaml").write_text("engine: 'null'\nnull: {delay_us: 300000, shape: [-1, 2]}\n")
+    (folder / "narrow").mkdir()
+    (folder / "narrow" / "model.yaml").write_text(
+        "engine: 'null'\nnull: {delay_us: 300000, shape: [-1, 2]}\nbatching: {max_rows: 1, max_pending_rows: 1}\n"
+    )
     return folder

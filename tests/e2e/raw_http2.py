@@ -69,13 +69,13 @@ class RawClient:
     ) -> None:
         self.socket.close()
 
-    def open(self, method: str, extra: Iterable[tuple[str, str]] = (), *, end: bool = False, **changed: str) -> int:
+    def open(self, rpc: str, extra: Iterable[tuple[str, str]] = (), *, end: bool = False, **changed: str) -> int:
         """Starts a call; `changed` are pseudo and standard headers other than the usual ones."""
         stream = self.h2.get_next_available_stream_id()
         standard = {
             ":method": "POST",
             ":scheme": "http",
-            ":path": f"/test.Conformance/{method}",
+            ":path": f"/test.Conformance/{rpc}",
             ":authority": "test",
             "content-type": "application/grpc",
             "te": "trailers",

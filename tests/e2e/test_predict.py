@@ -273,6 +273,19 @@ def test_a_failed_run_says_so_and_fails_nobody_else(server):
     assert output(stub(server).Predict(request("pick", {"x": np.array([7])}), timeout=10)).tolist() == [7]
 
 
+def test_overload_is_refused_at_once_with_a_hint(server):
+    calls = [stub(server).Predict.future(request("narrow", {"x": row(1, 2)}), timeout=10) for _ in range(8)]
+    outcomes = [call.exception() for call in calls]
+    refusals = [error for error in outcomes if error is not None]
+    assert 1 <= len(refusals) <= 7
+    for error in refusals:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error.details()
+        assert "max_pending_rows" in error.details()
+        retry = error_details_pb2.RetryInfo()
+        assert any(detail.Unpack(retry) for detail in rpc_status.from_call(error).details)
+        assert retry.retry_delay.ToMilliseconds() > 0
+
+
 def test_an_unknown_endpoint_names_the_nearest(server):
     invoke = predictor_pb2.InvokeRequest(endpoint="spam/detekt")
     invoke.value.string_value = "x"

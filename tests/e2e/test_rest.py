@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -172,6 +173,17 @@ def test_a_body_over_the_limit_is_413(rest_server):
     status, answer = post(rest_server, "/v1/models/whole:predict", b" " * 9_000_000)
     assert status in {413, 429}, answer
     assert answer["message"]
+
+
+def test_overload_is_429_with_retry_after(rest_server):
+    with ThreadPoolExecutor(8) as pool:
+        body = json.dumps({"instances": [[1, 2]]}).encode()
+        replies = list(pool.map(lambda _: rest_server.http("POST", "/v1/models/narrow:predict", body), range(8)))
+    refused = [reply for reply in replies if reply.status != 200]
+    assert 1 <= len(refused) <= 7
+    assert {reply.status for reply in refused} == {429}
+    assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+    assert all(json.loads(reply.body)["code"] == 8 for reply in refused)
 
 
 def test_raw_bytes_of_the_only_input(rest_server):

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.unit import puppets
 
 from forno.server.batcher import Batcher
 from forno.server.config import BatchingSettings
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
-from tests.unit import puppets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,9 +30,7 @@ def make() -> Iterator[Callable[..., Request]]:
 def batcher(*, by_shape: bool = True, refused: Counter[str] | None = None, **settings: Any) -> Batcher:
     counts = Counter() if refused is None else refused
     limits = BatchingSettings(**settings)
-    return Batcher(
-        limits, limits.max_rows, by_shape=by_shape, refused=lambda why, count: counts.update({why: count})
-    )
+    return Batcher(limits, limits.max_rows, by_shape=by_shape, refused=lambda why, count: counts.update({why: count}))
 
 
 def test_nothing_waits_in_an_empty_batcher():

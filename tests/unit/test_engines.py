@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto as Type
+from tests.unit import onnx_models
 
 from forno.server.config import ModelSettings, NullSettings, OnnxSettings
 from forno.server.engines import engine_name, open_engine
@@ -18,7 +19,6 @@ from forno.server.engines.onnx import OnnxEngine
 from forno.server.errors import ConfigError
 from forno.server.signature import Signature, TensorSpec
 from forno.server.slots.host import BORROW_FROM_BYTES, HostSlot
-from tests.unit import onnx_models
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

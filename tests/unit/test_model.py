@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto as Type
+from tests.unit import onnx_models
+from tests.unit.puppets import RecordingMetrics
+from tests.unit.test_engines import plain
 
 from forno.server.config import BatchingSettings, ModelSettings, NullSettings
 from forno.server.errors import ConfigError, EngineFailed, InvalidArgument, NotReady
 from forno.server.model import Model, ModelState
 from forno.server.request import Request
-from tests.unit import onnx_models
-from tests.unit.puppets import RecordingMetrics
-from tests.unit.test_engines import plain
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

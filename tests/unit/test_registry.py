@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.unit.puppets import RecordingMetrics
 
 from forno.server.config import ModelSettings
 from forno.server.errors import NotFound, NotReady
 from forno.server.model import Model, ModelState
 from forno.server.registry import Registry
-from tests.unit.puppets import RecordingMetrics
 
 
 def made(name: str, version: str, state: ModelState = ModelState.READY, error: str = "") -> Model:
@@ -86,9 +86,7 @@ def test_an_empty_registry_is_ready_and_knows_nothing():
         Registry().get("m")
 
 
-@pytest.mark.parametrize(
-    "state", [ModelState.LOADING, ModelState.FAILED, ModelState.DRAINING, ModelState.UNLOADED]
-)
+@pytest.mark.parametrize("state", [ModelState.LOADING, ModelState.FAILED, ModelState.DRAINING, ModelState.UNLOADED])
 @pytest.mark.parametrize("version", ["", "1"])
 def test_a_model_that_does_not_serve_says_why(state, version):
     registry = filled(made("m", "1", state, error="it broke"))
@@ -125,6 +123,10 @@ def test_removing_takes_labels_along():
     with pytest.raises(NotFound, match="no label 'old'; it has 'new'"):
         registry.get("m", label="old")
     registry.remove("m", "2")
-    for act in (lambda: registry.get("m"), lambda: registry.remove("m", "2"), lambda: registry.set_label("m", "a", "2")):
+    for act in (
+        lambda: registry.get("m"),
+        lambda: registry.remove("m", "2"),
+        lambda: registry.set_label("m", "a", "2"),
+    ):
         with pytest.raises(NotFound, match="model 'm' is unknown"):
             act()

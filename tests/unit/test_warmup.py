@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from onnx import TensorProto as Type
+from tests.unit import onnx_models
+from tests.unit.puppets import PuppetEngine
 
 from forno.server.config import BatchingSettings, OnnxSettings
 from forno.server.engines.onnx import OnnxEngine
 from forno.server.errors import ConfigError
 from forno.server.warmup import WarmUp, warm_up
-from tests.unit import onnx_models
-from tests.unit.puppets import PuppetEngine
 
 if TYPE_CHECKING:
     from pathlib import Path

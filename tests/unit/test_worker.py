@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.puppets import PATIENCE_S, Clock, PuppetEngine, PuppetLoop, RecordingMetrics, request
 
 from forno.server.batcher import Batcher
 from forno.server.config import BatchingSettings
 from forno.server.errors import DeadlineExceeded, EngineFailed, FornoError, InvalidArgument, NotReady, Overloaded
 from forno.server.request import NEVER_US, Batch, Request
 from forno.server.worker import Worker, _split
-from tests.unit.puppets import PATIENCE_S, Clock, PuppetEngine, PuppetLoop, RecordingMetrics, request
 
 
 class WatchedBatcher(Batcher):
@@ -100,9 +100,7 @@ def test_requests_of_one_pass_run_together_on_the_loop():
     with Bench() as bench:
         waiting = [bench.submit(number, rows=1 + number % 2) for number in range(6)]
         bench.loop.turn()
-        assert [each.future.result() for each in waiting] == [
-            rows_of(number, 1 + number % 2) for number in range(6)
-        ]
+        assert [each.future.result() for each in waiting] == [rows_of(number, 1 + number % 2) for number in range(6)]
         assert len(bench.engine.runs) == 1
         assert bench.engine.threads == {threading.get_ident()}
         assert bench.worker.inline

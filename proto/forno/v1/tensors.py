@@ -51,7 +51,9 @@ TABLE = tuple(
 _BY_NUMBER: dict[int, ElementType] = {row.number: row for row in TABLE}
 _BY_NAME = {row.name: row for row in TABLE}
 _BY_NUMPY = {row.numpy: row for row in TABLE}
-_RAW_DTYPE: dict[int, np.dtype[Any]] = {row.number: np.dtype(row.numpy) for row in TABLE if row.name not in ("bfloat16", "string")}
+_RAW_DTYPE: dict[int, np.dtype[Any]] = {
+    row.number: np.dtype(row.numpy) for row in TABLE if row.name not in ("bfloat16", "string")
+}
 _NUMBER_OF_DTYPE = {np.dtype(row.numpy): row.number for row in TABLE if row.number in _RAW_DTYPE}
 STRING = pb.DATA_TYPE_STRING
 OBJECT = np.dtype(object)
@@ -126,9 +128,7 @@ def encode_typed(name: str, array: Array) -> pb.Tensor:
     return message
 
 
-def decode(
-    tensor: pb.Tensor, dtype: np.dtype[Any] | None = None, shape: Sequence[int] | None = None
-) -> Array:
+def decode(tensor: pb.Tensor, dtype: np.dtype[Any] | None = None, shape: Sequence[int] | None = None) -> Array:
     """The tensor's elements; a view of the message's bytes where it holds raw numbers.
 
     Args:
@@ -164,9 +164,7 @@ def _decode_raw(tensor: pb.Tensor) -> Array:
     return np.frombuffer(data, dtype).reshape(dims)
 
 
-def _decode_typed(
-    tensor: pb.Tensor, arm: str, dtype: np.dtype[Any] | None, shape: Sequence[int] | None
-) -> Array:
+def _decode_typed(tensor: pb.Tensor, arm: str, dtype: np.dtype[Any] | None, shape: Sequence[int] | None) -> Array:
     if tensor.data_type:
         try:
             dtype = dtype_of(tensor.data_type)

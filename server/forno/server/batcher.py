@@ -120,7 +120,7 @@ class Batcher:
             group.due_us = min(group.due_us, self._due_us(request))
         self.pending_requests += 1
         self.pending_rows += rows
-        if expires_us < self._soonest_us:
+        if expires_us < self._soonest_us:  # noqa: PLR1730  (a call costs more, and every request comes here)
             self._soonest_us = expires_us
 
     def try_close(self, now_us: int) -> Batch | None:
@@ -240,8 +240,7 @@ class Batcher:
                         dropped.append(request)
                     else:
                         kept.append(request)
-                        if request.expires_us < self._soonest_us:
-                            self._soonest_us = request.expires_us
+                        self._soonest_us = min(self._soonest_us, request.expires_us)
                 if kept:
                     group.lanes[priority] = kept
                 else:

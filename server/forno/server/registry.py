@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
-from forno.server.errors import NotFound, NotReady
+from forno.server.errors import NotFound
 from forno.server.model import ModelState
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Registry:
     def labels_of(self, model: Model) -> list[str]:
         """Labels that lead to this version."""
         return sorted(
-            label
-            for (name, label), version in self._labels.items()
-            if name == model.name and version == model.version
+            label for (name, label), version in self._labels.items() if name == model.name and version == model.version
         )
 
     def add(self, model: Model) -> Model | None:

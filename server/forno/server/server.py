@@ -145,6 +145,8 @@ class Server:
             began = time.monotonic()
             await model.load()
             self._show(banner.loaded(model, time.monotonic() - began))
+        for endpoint in self._endpoints.values():
+            endpoint.check()
         gc.collect()
         gc.freeze()  # what start-up has made stays; the collector need not walk it again
 

@@ -117,7 +117,7 @@ def _difference(spec: TensorSpec, parts: Sequence[Array], joint: Array) -> str:
     if apart.dtype.kind not in "fV":  # V: bfloat16
         same = np.array_equal(apart, joint)
     else:
-        short = apart.dtype.itemsize == 2  # noqa: PLR2004  (float16, bfloat16)
+        short = apart.dtype.itemsize == 2
         tolerance = 3e-2 if short else 1e-3
         one, other = apart.astype(np.float64), joint.astype(np.float64)
         finite = one[np.isfinite(one)]

@@ -24,7 +24,10 @@ _BY_SUFFIX = {".onnx": "onnx", ".ort": "onnx"}
 
 
 class Engine(Protocol[SlotT]):
-    """One loaded model; `SlotT` is the kind of slot that it makes and runs. Owned by a Model; used by one thread at a time; ends with `close`."""
+    """One loaded model. Owned by a Model; used by one thread at a time; ends with `close`.
+
+    `SlotT` is the kind of slot that it makes, and the only one that it runs.
+    """
 
     name: str
     signature: Signature  # as the file declares it; a Model replaces it once `batched` is decided, before its slots

@@ -132,7 +132,7 @@ class OnnxEngine:
         """Frees the session."""
         self._session = None
 
-    def _open(self) -> Any:  # noqa: ANN401  (onnxruntime has no types)
+    def _open(self) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -141,7 +141,7 @@ class OnnxEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._settings.spin else "0")
         try:
             return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
+        except Exception as error:
             raise ConfigError(f"{self._path} is not a readable ONNX model: {_reason(error)}") from error
 
     def _run_by_name(self, inputs: Sequence[Array]) -> Sequence[Array]:
@@ -197,7 +197,7 @@ def _reason(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _signature(session: Any, path: Path) -> Signature:  # noqa: ANN401  (onnxruntime has no types)
+def _signature(session: Any, path: Path) -> Signature:
     inputs = tuple([_spec(node, "input", path) for node in session.get_inputs()])
     outputs = tuple([_spec(node, "output", path) for node in session.get_outputs()])
     rows_names = {spec.dim_names[0] for spec in inputs if spec.shape} - {""}
@@ -205,7 +205,7 @@ def _signature(session: Any, path: Path) -> Signature:  # noqa: ANN401  (onnxrun
     return Signature(inputs, outputs, batched=bool(inputs) and free and len(rows_names) <= 1)
 
 
-def _spec(node: Any, kind: str, path: Path) -> TensorSpec:  # noqa: ANN401  (onnxruntime has no types)
+def _spec(node: Any, kind: str, path: Path) -> TensorSpec:
     found = re.fullmatch(r"tensor\((\w+)\)", node.type)
     name = _NAME_OF_TYPE.get(found[1]) if found else None
     if name is None:
@@ -222,17 +222,17 @@ def _spec(node: Any, kind: str, path: Path) -> TensorSpec:  # noqa: ANN401  (onn
     )
 
 
-def _element_type(array: Array) -> Any:  # noqa: ANN401  (a NumPy type or a number of ONNX)
+def _element_type(array: Array) -> Any:
     return _BFLOAT16 if array.dtype.name == "bfloat16" else array.dtype.type
 
 
-def _value(array: Array) -> Any:  # noqa: ANN401  (onnxruntime has no types)
+def _value(array: Array) -> Any:
     if array.dtype.name == "bfloat16":
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _array(value: Any) -> Array:  # noqa: ANN401  (onnxruntime has no types)
+def _array(value: Any) -> Array:
     if value.data_type() != "tensor(bfloat16)":
         return value.numpy()  # type: ignore[no-any-return]
     shape = tuple(value.shape())

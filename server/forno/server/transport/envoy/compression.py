@@ -48,6 +48,8 @@ def decompress(data: bytes, encoding: str) -> bytes:
         raise TooLargeError(f"it holds more than {_limit_bytes} bytes (server.max_message_bytes)")
     if not stream.eof:
         raise ValueError("it ends too early")
+    if stream.unused_data:
+        raise ValueError("something follows after its end")
     return message
 
 

@@ -119,6 +119,9 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
             Aborted: The encoding is unknown, or the data is not of that encoding.
         """
         encoding = dict(self._raw_metadata()).get("grpc-encoding", "identity")
+        if encoding == "identity":
+            text = "a message is flagged as compressed, but there is no grpc-encoding that says how"
+            raise self._refusal(grpc.StatusCode.INTERNAL, text)
         try:
             return compression.decompress(message, encoding)
         except compression.UnknownEncodingError:

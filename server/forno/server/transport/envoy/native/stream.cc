@@ -103,7 +103,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   std::vector<Header> headers(envoy_dynamic_module_callback_http_get_headers_size(filter, kRequestHeaders));
   envoy_dynamic_module_callback_http_get_headers(filter, kRequestHeaders, headers.data());
   bool is_grpc = false;
-  std::string_view http_method;
+  std::string_view http_method, bad_timeout;
   metadata.reserve(headers.size());
   for (const Header& h : headers) {
     const std::string_view key(h.key, h.key_size), value(h.value, h.value_size);
@@ -115,6 +115,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
       is_grpc = is_grpc_type(value);
     } else if (key == "grpc-timeout") {
       const int64_t timeout = timeout_us(value);
+      if (timeout < 0) bad_timeout = value;
       if (timeout >= 0) deadline_us = now_us() + timeout;
     }
     if (!is_transport_header(key)) metadata.emplace_back(key, value);
@@ -127,6 +128,10 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     return;
   }
   if (!methods) return refuse(filter, kUnavailable, "the server is starting");
+  if (!bad_timeout.empty()) {
+    return refuse(filter, kInternal,
+                  "grpc-timeout is '" + std::string(bad_timeout) + "'; expected 1 to 8 digits and H, M, S, m, u or n");
+  }
   methods_ = methods;
   const auto found = methods->by_path.find(path);
   if (found == methods->by_path.end()) return refuse(filter, kUnimplemented, "no such method: " + path);
@@ -207,6 +212,10 @@ bool Stream::split_messages(void* filter) {
       refuse(filter, kResourceExhausted,
              "the message has " + std::to_string(length) + " bytes, the limit is " +
                  std::to_string(methods_->max_message_bytes) + " (server.max_message_bytes)");
+      return false;
+    }
+    if (const int flag = static_cast<unsigned char>(body_[at]); flag > 1) {
+      refuse(filter, kInternal, "a message has the flag " + std::to_string(flag) + "; expected 0 or 1");
       return false;
     }
     if (!request_streaming_) {  // handed over when it is whole
