@@ -204,6 +204,7 @@ async def client_stream(requests: Any, context: Any) -> Any:
         await _begin(command, context)
         if command.get("ignore"):
             return b"ignored"
+        await asyncio.sleep(command.get("wait", 0))
         count = total = 0
         async for request in requests:
             count += 1

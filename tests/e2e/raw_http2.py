@@ -59,7 +59,7 @@ class RawClient:
         self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window_bytes})
         self.answers: dict[int, Answer] = {}
         self.acknowledge = True  # whether received data opens the window again
-        self._flush()
+        self.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +83,7 @@ class RawClient:
         standard |= {(":" if key in {"method", "path"} else "") + key.replace("_", "-"): v for key, v in changed.items()}
         self.answers[stream] = Answer()
         self.h2.send_headers(stream, [*standard.items(), *extra], end_stream=end)
-        self._flush()
+        self.flush()
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = False, piece_bytes: int = MAX_FRAME_BYTES) -> None:
@@ -93,11 +93,11 @@ class RawClient:
             while self.h2.local_flow_control_window(stream) < len(piece):
                 self.receive()
             self.h2.send_data(stream, piece, end_stream=end and index == len(pieces) - 1)
-            self._flush()
+            self.flush()
 
     def reset(self, stream: int) -> None:
         self.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
-        self._flush()
+        self.flush()
 
     def receive(self, limit_s: float = 5.0) -> bool:
         """Takes what comes next; False when nothing came in time or the connection has ended."""
@@ -110,7 +110,7 @@ class RawClient:
             return False
         for event in self.h2.receive_data(data):
             self._handle(event)
-        self._flush()
+        self.flush()
         return True
 
     def answer(self, stream: int, limit_s: float = 5.0) -> Answer:
@@ -140,7 +140,7 @@ class RawClient:
             case _:
                 pass
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self.socket.sendall(self.h2.data_to_send())
 
 

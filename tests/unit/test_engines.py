@@ -287,7 +287,7 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path, content, reaso
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="not a readable ONNX model: .*doesn't exist"):
+    with pytest.raises(ConfigError, match=r"not a readable ONNX model: .*doesn't exist"):
         OnnxEngine(tmp_path / "none.onnx", OnnxSettings())
 
 

@@ -79,6 +79,19 @@ def test_batching_cannot_be_switched_on_for_a_fixed_shape(tmp_path):
         warmed(path, enabled=True)
 
 
+def test_the_settings_can_leave_the_proof_to_the_first_runs(tmp_path):
+    path = onnx_models.save(
+        tmp_path / "m.onnx",
+        [("a", Type.FLOAT, ["n", 4]), ("b", Type.FLOAT, ["m", 4])],
+        [("y", Type.FLOAT, ["k", 4])],
+        [onnx_models.helper.make_node("Add", ["a", "b"], ["y"])],
+    )
+    assert not warmed(path).signature.batched  # two names, so they may count different things
+    found = warmed(path, enabled=True)
+    assert found.signature.batched
+    assert not found.note
+
+
 def test_indexes_into_a_table_are_found(tmp_path):
     assert warmed(onnx_models.lookup(tmp_path / "m.onnx")).signature.batched
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import threading
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ class Bench:
                 self.loop.turn_when_posted()
         closing.result()
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -161,6 +161,8 @@ def _decode_raw(tensor: pb.Tensor) -> Array:
             f"data holds {len(data)} bytes, but shape {list(dims)} of {_BY_NUMBER[number].name} "
             f"needs {count * dtype.itemsize}"
         )
+    if dtype.kind == "b" and data.translate(None, b"\0\1"):
+        raise ValueError("data of bool has a byte that is neither 0 nor 1")
     return np.frombuffer(data, dtype).reshape(dims)
 
 
@@ -192,7 +194,12 @@ def _decode_typed(tensor: pb.Tensor, arm: str, dtype: np.dtype[Any] | None, shap
                 f"values reach from {wide.min()} to {wide.max()}, but {wanted.name} holds {limits.min} to {limits.max}"
             )
         return wide.astype(dtype).reshape(dims)
-    return np.array(values, np.float64 if arm == "doubles" else np.float32).astype(dtype).reshape(dims)
+    given = np.array(values, np.float64 if arm == "doubles" else np.float32)
+    with np.errstate(over="ignore"):
+        array = given.astype(dtype)
+    if dtype.itemsize == 2 and np.any(np.isinf(array) & np.isfinite(given)):
+        raise ValueError(f"values reach to {np.abs(given[np.isfinite(given)]).max()}, which {wanted.name} cannot hold")
+    return array.reshape(dims)
 
 
 def _infer_shape(count: int, shape: Sequence[int] | None) -> tuple[int, ...]:

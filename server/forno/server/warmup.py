@@ -61,22 +61,19 @@ def warm_up(engine: Engine[Any], batching: BatchingSettings, inline_below_us: in
         ConfigError: The settings say that rows are independent, and they are not.
     """
     declared = engine.signature
-    if batching.enabled and not declared.batched:
-        raise ConfigError(f"batching.enabled is true, but {_why_not_candidate(declared)}")
-    note = ""
-    inputs: Arrays | None = None
-    if declared.batched and batching.enabled is not False:
-        inputs, note = _prove_rows(engine)
-        if note and batching.enabled and inputs is not None:
+    wanted = batching.enabled
+    if wanted:
+        _check_rows_are_free(declared)
+    engine.signature = replace(declared, batched=declared.batched if wanted is None else wanted)
+    inputs, note = _prove_rows(engine) if engine.signature.batched else (None, "")
+    if note and wanted:
+        if inputs is not None:
             raise ConfigError(f"batching.enabled is true, but {note}")
-        if note and batching.enabled:
-            note += "; its rows run together because batching.enabled is true"
-        elif note:
-            inputs = None
-            engine.signature = replace(declared, batched=False)
-    else:
+        note += "; its rows run together because batching.enabled is true"
+    elif note:
+        inputs = None
         engine.signature = replace(declared, batched=False)
-    if inputs is None and not engine.signature.batched:
+    if not engine.signature.batched:
         inputs = _first_passing(engine)
         if inputs is None:
             note = "no inference has passed: no made-up input fits this model; it is served unbatched, as it is"
@@ -211,11 +208,13 @@ def _filled(dtype: np.dtype[Any], shape: tuple[int, ...], fill: str, random: np.
     return array
 
 
-def _why_not_candidate(signature: Signature) -> str:
-    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
-        for spec in specs:
-            if not spec.shape or spec.shape[0] >= 0:
-                return f"{kind} '{spec.name}' is {spec}: its first dimension is not free to count rows"
+def _check_rows_are_free(signature: Signature) -> None:
+    """Raises ConfigError where no proof could help; what the file says of outputs may be left open."""
     if not signature.inputs:
-        return "the model has no inputs"
-    return "the first dimensions of its inputs have different names, so they do not count the same rows"
+        raise ConfigError("batching.enabled is true, but the model has no inputs")
+    for spec in signature.inputs:
+        if not spec.shape or spec.shape[0] >= 0:
+            raise ConfigError(
+                f"batching.enabled is true, but input '{spec.name}' is {spec}: "
+                "its first dimension is not free to count rows"
+            )

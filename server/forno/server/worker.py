@@ -225,9 +225,11 @@ class Worker:
             while (run := door.get()) is not None:
                 self._execute(run, self._clock_us())
                 self._loop.call_soon_threadsafe(self._completed, run)
-        self._engine.close()
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._stopped.set_result, None)
+        try:
+            self._engine.close()
+        finally:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stopped.set_result, None)
 
     def _execute(self, run: _Run, started_us: int) -> None:
         """Copies the rows together and runs them. On whichever thread runs the engine."""

@@ -42,7 +42,7 @@ _NAME_OF_TYPE = {"float": "float32", "double": "float64"} | {
 _BFLOAT16 = 16  # number of the type in ONNX
 _FATAL_ONLY = 4  # what is less arrives as an exception
 _MOST_BINDINGS = 256
-_SMALL_FILE_BYTES = 4 * 1024 * 1024
+_SMALL_BYTES = 4 * 1024 * 1024
 _UNTOUCHED = 0xA5
 
 
@@ -87,8 +87,7 @@ class OnnxEngine:
     def __init__(self, path: Path, settings: OnnxSettings) -> None:
         self._path = path
         self._settings = settings
-        small = path.is_file() and path.stat().st_size < _SMALL_FILE_BYTES
-        self._threads = settings.intra_op_threads or (1 if small else _usable_cores())
+        self._threads = settings.intra_op_threads or (1 if _is_small(path) else _usable_cores())
         self._session = self._open()
         self._binds: bool | None = None  # unknown until one run went both ways
         self.signature = _signature(self._session, path)
@@ -183,6 +182,16 @@ class OnnxEngine:
             slot.bindings.clear()
         binding = slot.bindings[rows] = _Binding(io, outputs)
         return binding
+
+
+def _is_small(path: Path) -> bool:
+    """A guess at whether one thread will do, which `settle` puts right: opening a large model twice takes long."""
+    total_bytes = 0
+    for file in path.parent.glob("*"):  # external data lies beside the model under any name
+        total_bytes += file.stat().st_size if file.is_file() else 0
+        if total_bytes > _SMALL_BYTES:
+            return False
+    return True
 
 
 def _usable_cores() -> int:

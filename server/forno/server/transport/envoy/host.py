@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("forno.transport")
 
+EARLY_S = 0.02
+"""How long before its deadline a stream of responses is ended. Envoy, which keeps the deadlines of all calls, can only
+reset a stream that has begun, and a client may take that for another error."""
+
 
 @dataclass(slots=True)
 class Method:
@@ -184,6 +188,10 @@ class EnvoyHost:
 
     async def _stream(self, method: Method, context: Context, message: bytes | None, compressed: int) -> None:
         call = context._call  # noqa: SLF001
+        remaining_s = context.time_remaining() if method.handler.response_streaming else None
+        expiry = None
+        if remaining_s is not None:
+            expiry = self._loop.call_later(remaining_s - min(EARLY_S, remaining_s / 10), self._expire, call)
         try:
             streaming = method.handler.request_streaming
             request = context.requests() if streaming else context.decode(message or b"", compressed)
@@ -203,7 +211,15 @@ class EnvoyHost:
         except BaseException as error:  # noqa: BLE001  (every way out becomes a status)
             self._fail(method, context, error)
         finally:
+            if expiry is not None:
+                expiry.cancel()
             self._forget(call)
+
+    def _expire(self, call: Call) -> None:
+        context = self._live[call][1]
+        context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
+        context.set_details("the deadline has passed")
+        self._cancel(call)
 
     def _fail(self, method: Method, context: Context, error: BaseException) -> None:
         if isinstance(error, Aborted):

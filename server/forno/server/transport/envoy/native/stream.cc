@@ -120,12 +120,15 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     }
     if (!is_transport_header(key)) metadata.emplace_back(key, value);
   }
-  if (!is_grpc || http_method != "POST") {
+  if (!is_grpc) {
     // Nothing that the transcoder knows as REST, and no gRPC either. The body's form is local_reply_config's business.
     refused_ = true;
     const std::string body = "no such path: " + std::string(http_method) + " " + path.substr(0, path.find('?'));
     envoy_dynamic_module_callback_http_send_response(filter, 404, nullptr, 0, {body.data(), body.size()}, {nullptr, 0});
     return;
+  }
+  if (http_method != "POST") {
+    return refuse(filter, kUnimplemented, "a gRPC call is a POST, this is a " + std::string(http_method));
   }
   if (!methods) return refuse(filter, kUnavailable, "the server is starting");
   if (!bad_timeout.empty()) {
@@ -162,11 +165,11 @@ int Stream::on_body(void* filter, bool end) {
       want_resume_ = full;
     }
     if (full) {  // leave it to Envoy, which stops reading from the client when its own buffer is full
-      left_in_envoy_ = envoy_buffers_ = true;
+      left_in_envoy_ = true;
       ended_in_envoy_ = end;
       return kStopBodyAndWatermark;
     }
-    if (envoy_buffers_) take_body(filter, kBufferedRequestBody);
+    if (left_in_envoy_) take_body(filter, kBufferedRequestBody);
   }
   take_body(filter, kReceivedRequestBody);
   if (split_messages(filter) && end) finish_request(filter);

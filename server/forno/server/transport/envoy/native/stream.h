@@ -124,7 +124,6 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool headers_sent_ = false;
   bool left_in_envoy_ = false;   // Envoy's buffer holds body that was not taken yet
   bool ended_in_envoy_ = false;  // ... and the end of the request
-  bool envoy_buffers_ = false;   // has left some once: from then on Envoy puts the last piece there as well
   std::string body_;  // bytes of a message that is not whole yet
 
   std::mutex mutex_;  // guards all below
