@@ -127,10 +127,29 @@ def forno(transport: str, engine: str = "onnx") -> Start:
     return start
 
 
+def stream_codec(model: str) -> Codec:
+    """Items of PredictStream: a request, or a response, in field 1 or 2 of a message of its own."""
+    headers, encode, decode = predict_codec(model)
+
+    def encode_item(x: Array) -> bytes:
+        return _delimited(1, encode(x))
+
+    def decode_item(data: bytes) -> Array:
+        return decode(next(value for field, value in _fields(data) if field == 2))
+
+    return headers, encode_item, decode_item
+
+
 GRPC = {"proto": "grpc", "path": "/forno.v1.Predictor/Predict", "codec": predict_codec}
 
 PEERS: dict[str, dict[str, object]] = {
     "forno": {**GRPC, "start": forno("envoy")},
+    "forno-stream": {
+        "proto": "stream",
+        "path": "/forno.v1.Predictor/PredictStream",
+        "codec": stream_codec,
+        "start": forno("envoy"),
+    },
     "forno-grpc": {**GRPC, "start": forno("grpc")},
     "forno-proxy": {**GRPC, "start": forno("proxy")},
     "forno-rest": {

@@ -56,6 +56,4 @@ def _commands_of_block(document: Path, start: int, lines: list[str]) -> list[Com
             parts[-1][1].append(line[2:])
         else:
             parts[-1][2].append(line)
-    return [
-        Command(document, number, "\n".join(typed), "\n".join(printed)) for number, typed, printed in parts
-    ]
+    return [Command(document, number, "\n".join(typed), "\n".join(printed)) for number, typed, printed in parts]

@@ -45,7 +45,9 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def unary(name: str, expected: Outcome, *, why: str = "", on_grpc: dict[str, Any] | None = None, **command: Any) -> Case:
+def unary(
+    name: str, expected: Outcome, *, why: str = "", on_grpc: dict[str, Any] | None = None, **command: Any
+) -> Case:
     """A call of `Unary`."""
     return Case(name, "Unary", [json.dumps(command).encode()], expected, on_grpc=on_grpc or {}, why=why)
 
@@ -100,7 +102,9 @@ CASES = [
         initial=[["x-i", "1"], ["x-i", "2"], ["x-b-bin", "00ff"], ["x-e", ""]],
         trailing=[["x-t-bin", ""], ["x-t", "a, b"]],
     ),
-    unary("headers of the transport are not metadata", ok(b"ok"), trailing=[["grpc-status", "5"], ["content-type", "a"]]),
+    unary(
+        "headers of the transport are not metadata", ok(b"ok"), trailing=[["grpc-status", "5"], ["content-type", "a"]]
+    ),
     unary(
         "a metadata value with a line break",
         fails("UNKNOWN", ANY),
@@ -131,7 +135,9 @@ CASES = [
     ),
     # Status.
     unary("abort", fails("NOT_FOUND", "gone"), abort="NOT_FOUND", details="gone"),
-    unary("details that need escapes", fails("ABORTED", 'ö 100% \n\x01 "x"'), abort="ABORTED", details='ö 100% \n\x01 "x"'),
+    unary(
+        "details that need escapes", fails("ABORTED", 'ö 100% \n\x01 "x"'), abort="ABORTED", details='ö 100% \n\x01 "x"'
+    ),
     unary(
         "details that are no text",
         fails("ABORTED", "?x"),
@@ -147,7 +153,12 @@ CASES = [
         trailing=[["x-a", "1"]],
         abort_trailing=[["x-b", "2"]],
     ),
-    unary("abort keeps trailing metadata", fails("ABORTED", trailing=(("x-a", "1"),)), abort="ABORTED", trailing=[["x-a", "1"]]),
+    unary(
+        "abort keeps trailing metadata",
+        fails("ABORTED", trailing=(("x-a", "1"),)),
+        abort="ABORTED",
+        trailing=[["x-a", "1"]],
+    ),
     unary("abort that the handler catches", fails("NOT_FOUND", "d"), abort="NOT_FOUND", details="d", swallow=1),
     unary(
         "abort with OK",
@@ -214,9 +225,7 @@ CASES = [
         "a request over the limit",
         "Unary",
         [b"x" * (MAX_MESSAGE_BYTES + 1)],
-        fails(
-            "RESOURCE_EXHAUSTED", "the message has 16777217 bytes, the limit is 16777216 (server.max_message_bytes)"
-        ),
+        fails("RESOURCE_EXHAUSTED", "the message has 16777217 bytes, the limit is 16777216 (server.max_message_bytes)"),
         on_grpc={"details": "SERVER: Received message larger than max (16777217 vs. 16777216)"},
         why=OTHER_WORDS,
     ),
@@ -235,7 +244,10 @@ CASES = [
     unary("compression left out once", ok(b"x" * 1000), compress="Gzip", next_plain=1, size=1000),
     unary(
         "compression set too late",
-        fails("UNKNOWN", unexpected("RuntimeError", "Compression setting must be specified before sending initial metadata")),
+        fails(
+            "UNKNOWN",
+            unexpected("RuntimeError", "Compression setting must be specified before sending initial metadata"),
+        ),
         initial=[],
         late_compress=1,
     ),
@@ -275,9 +287,16 @@ CASES = [
         details="a",
         trailing=[["x-a", "1"]],
     ),
-    stream("an exception after a response", fails("UNKNOWN", unexpected("ValueError", "x"), b"0"), count=1, **{"raise": "x"}),
+    stream(
+        "an exception after a response",
+        fails("UNKNOWN", unexpected("ValueError", "x"), b"0"),
+        count=1,
+        **{"raise": "x"},
+    ),
     stream("a code after a response", fails("ABORTED", "d", b"0"), count=1, code="ABORTED", details="d"),
-    stream("abort that a writer catches", fails("ABORTED", "", b"0"), "WriterStream", count=1, abort="ABORTED", swallow=1),
+    stream(
+        "abort that a writer catches", fails("ABORTED", "", b"0"), "WriterStream", count=1, abort="ABORTED", swallow=1
+    ),
     stream(
         "metadata around a stream",
         ok(b"0", initial=(("x-i", "1"),), trailing=(("x-t", "2"),)),
@@ -294,7 +313,13 @@ CASES = [
     requests("requests by read()", "ReaderStream", [b"a", b"", b"c"], ok(b"a++c")),
     requests("a stream that is not read", "ClientStream", [b"x" * 100_000] * 20, ok(b"ignored"), ignore=1),
     requests("a stream that is read in part", "ClientStream", [b"stop", *[b"x" * 100_000] * 20], ok(b"1 4")),
-    requests("no answer to a stream", "ClientStream", [b"a"], fails("UNKNOWN", unexpected("TypeError", "None is no message")), none=1),
+    requests(
+        "no answer to a stream",
+        "ClientStream",
+        [b"a"],
+        fails("UNKNOWN", unexpected("TypeError", "None is no message")),
+        none=1,
+    ),
     requests("abort of a stream", "ClientStream", [b"a"], fails("ABORTED", "no"), abort="ABORTED", details="no"),
     replace(
         requests(

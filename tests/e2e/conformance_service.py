@@ -292,9 +292,9 @@ def main(argument: str) -> None:
         host.add_registered_method_handlers(SERVICE, HANDLERS)
         host.start()
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=given["control"]))
-        writer.write(f"ready {given['port']}\n".encode())
+        writer.write(f"ready {given.get('port', 0)}\n".encode())
         await asyncio.wait(
-            [asyncio.create_task(host.stopped.wait()), asyncio.create_task(reader.read())],
+            [asyncio.create_task(host.stopped.wait()), asyncio.create_task(reader.readline())],
             return_when=asyncio.FIRST_COMPLETED,
         )
 

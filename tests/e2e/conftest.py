@@ -32,9 +32,7 @@ def servers(repository: Path) -> Iterator[dict[str, FornoServer]]:
 def _server(running: dict[str, FornoServer], repository: Path, transport: str) -> FornoServer:
     if transport not in running:
         limit = "server.max_message_bytes=8388608"
-        server = FornoServer(
-            ROOT / "examples" / "forno.yaml", repository, "--set", limit, transport=transport
-        )
+        server = FornoServer(ROOT / "examples" / "forno.yaml", repository, "--set", limit, transport=transport)
         running[transport] = server.__enter__()
     return running[transport]
 

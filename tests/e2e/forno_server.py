@@ -125,7 +125,12 @@ class FornoServer:
         return self._log.read()
 
     def http(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, timeout: float = 15
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 15,
     ) -> Reply:
         """One REST call."""
         request = urllib.request.Request(f"http://{self.target}{path}", body, headers or {}, method=method)

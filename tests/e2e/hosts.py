@@ -109,6 +109,7 @@ def _inside_envoy(max_message_bytes: int) -> Iterator[Host]:
         _expect_ready(ours.recv(100).decode(), log)
         eventually(lambda: _answers(port), 20)
         yield Host("envoy", port, envoy.pid, log)
+        assert envoy.returncode() is None, f"Envoy has ended with status {envoy.returncode()}: {log}"
     finally:
         ours.close()
         envoy.close()

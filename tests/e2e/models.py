@@ -42,19 +42,62 @@ def make_repository(folder: Path) -> Path:
     """
     row = ["n", 3]
     ten = np.array(10, np.float32)
-    _save(folder / "add", "1", [helper.make_node("Add", ["a", "b"], ["y"])],
-          [("a", FLOAT, row), ("b", FLOAT, row)], [("y", FLOAT, row)])
-    _save(folder / "add", "2", [helper.make_node("Add", ["a", "b"], ["s"]), helper.make_node("Add", ["s", "ten"], ["y"])],
-          [("a", FLOAT, row), ("b", FLOAT, row)], [("y", FLOAT, row)], [("ten", ten)])
+    _save(
+        folder / "add",
+        "1",
+        [helper.make_node("Add", ["a", "b"], ["y"])],
+        [("a", FLOAT, row), ("b", FLOAT, row)],
+        [("y", FLOAT, row)],
+    )
+    _save(
+        folder / "add",
+        "2",
+        [helper.make_node("Add", ["a", "b"], ["s"]), helper.make_node("Add", ["s", "ten"], ["y"])],
+        [("a", FLOAT, row), ("b", FLOAT, row)],
+        [("y", FLOAT, row)],
+        [("ten", ten)],
+    )
     (folder / "add" / "model.yaml").write_text("versions: 2\nlabels: {old: '1'}\n")
-    _save(folder / "fixed", "1", [helper.make_node("Add", ["x", "x"], ["y"])], [("x", FLOAT, [2, 2])], [("y", FLOAT, [2, 2])])
-    _save(folder / "whole", "1", [helper.make_node("Add", ["x", "one"], ["y"])],
-          [("x", INT64, ["n", "k"])], [("y", INT64, ["n", "k"])], [("one", np.array(1, np.int64))])
-    _save(folder / "words", "1", [helper.make_node("Identity", ["x"], ["y"])], [("x", STRING, ["n"])], [("y", STRING, ["n"])])
-    _save(folder / "pick", "1", [helper.make_node("Gather", ["table", "x"], ["y"])],
-          [("x", INT64, ["n"])], [("y", FLOAT, ["n"])], [("table", np.arange(10, dtype=np.float32))])
-    _save(folder / "mean", "1", [helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1), helper.make_node("Sub", ["x", "m"], ["y"])],
-          [("x", FLOAT, ["n", 2])], [("y", FLOAT, ["n", 2])])
+    _save(
+        folder / "fixed",
+        "1",
+        [helper.make_node("Add", ["x", "x"], ["y"])],
+        [("x", FLOAT, [2, 2])],
+        [("y", FLOAT, [2, 2])],
+    )
+    _save(
+        folder / "whole",
+        "1",
+        [helper.make_node("Add", ["x", "one"], ["y"])],
+        [("x", INT64, ["n", "k"])],
+        [("y", INT64, ["n", "k"])],
+        [("one", np.array(1, np.int64))],
+    )
+    _save(
+        folder / "words",
+        "1",
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [("x", STRING, ["n"])],
+        [("y", STRING, ["n"])],
+    )
+    _save(
+        folder / "pick",
+        "1",
+        [helper.make_node("Gather", ["table", "x"], ["y"])],
+        [("x", INT64, ["n"])],
+        [("y", FLOAT, ["n"])],
+        [("table", np.arange(10, dtype=np.float32))],
+    )
+    _save(
+        folder / "mean",
+        "1",
+        [
+            helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
+            helper.make_node("Sub", ["x", "m"], ["y"]),
+        ],
+        [("x", FLOAT, ["n", 2])],
+        [("y", FLOAT, ["n", 2])],
+    )
     (folder / "slow").mkdir()
     (folder / "slow" / "model.yaml").write_text("engine: 'null'\nnull: {delay_us: 300000, shape: [-1, 2]}\n")
     (folder / "narrow").mkdir()

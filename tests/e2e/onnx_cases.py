@@ -41,9 +41,7 @@ class Outcome(Enum):
     PASSES = "passes"  # loads, runs, and answers what the test expects
     NOT_CARRIED = "not carried"  # loads, but has a type that forno.v1 does not carry
     NOT_LOADED = "not loaded"  # this runtime lacks the operator, the version or the type
-    FAILS = (
-        "fails"  # loads, but does not run, or answers something else than the test expects, as random ones do
-    )
+    FAILS = "fails"  # loads, but does not run, or answers something else than the test expects, as random ones do
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,7 @@ def _data_sets(test: TestCase, model: ModelProto, names: Sequence[str]) -> list[
     for folder in sorted(Path(str(test.model_dir)).glob("test_data_set*")):
         inputs = [_load_tensor(path) for path in _numbered(folder, "input")]
         outputs = [_load_tensor(path) for path in _numbered(folder, "output")]
-        found.append(
-            DataSet(dict(zip([one.name for one in model.graph.input], inputs, strict=False)), outputs)
-        )
+        found.append(DataSet(dict(zip([one.name for one in model.graph.input], inputs, strict=False)), outputs))
     return found
 
 
@@ -221,7 +217,7 @@ def _to_value(array: Array) -> Any:
 def _from_value(value: Any) -> Array:
     if value.data_type() != BFLOAT16:
         return np.asarray(value.numpy())
-    import ml_dtypes  # noqa: PLC0415
+    import ml_dtypes
 
     shape = tuple(value.shape())
     data = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))

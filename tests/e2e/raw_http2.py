@@ -80,7 +80,9 @@ class RawClient:
             "content-type": "application/grpc",
             "te": "trailers",
         }
-        standard |= {(":" if key in {"method", "path"} else "") + key.replace("_", "-"): v for key, v in changed.items()}
+        standard |= {
+            (":" if key in {"method", "path"} else "") + key.replace("_", "-"): v for key, v in changed.items()
+        }
         self.answers[stream] = Answer()
         self.h2.send_headers(stream, [*standard.items(), *extra], end_stream=end)
         self.flush()

@@ -41,7 +41,7 @@ def start(channel: grpc.aio.Channel, method: str, name: str, **options: Any) -> 
     """A call whose handler waits; the requests of a stream never end."""
     kinds = {"Unary": "unary_unary", "ServerStream": "unary_stream", "ClientStream": "stream_unary"}
     call = getattr(channel, kinds.get(method, "stream_stream"))(f"/{SERVICE}/{method}")
-    command = json.dumps({"sleep": 30, "pause": 0, "name": name})
+    command = json.dumps({"sleep": 30, "count": 0, "name": name})
     if method in {"Unary", "ServerStream"}:
         return call(command.encode(), **options)
     return call(_endless(), metadata=[("x-command", command)], **options)
@@ -77,7 +77,7 @@ async def test_a_call_s_handler_is_cancelled_at_its_deadline(host, channel, meth
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_handler_is_cancelled_when_its_connection_is_closed(host, method):
-    command = json.dumps({"sleep": 30, "pause": 0, "name": f"by disconnect {method}"})
+    command = json.dumps({"sleep": 30, "count": 0, "name": f"by disconnect {method}"})
     unary_request = method in {"Unary", "ServerStream"}
     with RawClient(host.port) as client:
         stream = client.open(method, () if unary_request else [("x-command", command)])
@@ -181,6 +181,22 @@ async def test_a_slow_reader_gets_everything_in_the_end(host, channel):
         count += 1
         await asyncio.sleep(0.005)
     assert count == 60
+
+
+def test_a_reader_that_falls_behind_with_small_messages_keeps_its_connection(host):
+    """Its windows are open, and it is the socket that is full: with small frames, of which there may be very many."""
+    name = "behind"
+    with RawClient(host.port, window_bytes=64 * MIB) as client:
+        client.h2.increment_flow_control_window(64 * MIB)
+        stream = client.open("ServerStream")
+        client.send(stream, frame(json.dumps({"count": 10**9, "pause": 0, "name": name}).encode()), end=True)
+        time.sleep(1.5)
+        received_bytes, end = 0, time.monotonic() + 2
+        while received_bytes < 8 * MIB and time.monotonic() < end:  # more than the kernel holds
+            piece = client.socket.recv(MIB)
+            assert piece, f"the connection was closed after {received_bytes} bytes"
+            received_bytes += len(piece)
+    eventually(lambda: host.count(f"ended {name}") == 1)
 
 
 @pytest.mark.parametrize("size", [0, 65536], ids=["empty messages", "large messages"])

@@ -41,7 +41,11 @@ def test_make_commands_are_targets(command):
 def test_curl_commands_answer(rest_server, command):
     done = subprocess.run(
         ["bash", "-c", command.text.replace(ADDRESS, rest_server.target)],
-        capture_output=True, text=True, check=False, cwd=ROOT, timeout=30,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=30,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
@@ -58,7 +62,12 @@ def test_no_command_is_left_out():
 def test_python_programs_run(server, program):
     done = subprocess.run(
         [sys.executable, "-c", program.replace(ADDRESS, server.target)],
-        capture_output=True, text=True, check=False, cwd=ROOT, timeout=30, env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=30,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

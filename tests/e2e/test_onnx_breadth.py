@@ -173,9 +173,7 @@ def running_server(repository: Path, transport: str, log: Path) -> Iterator[grpc
         process = subprocess.Popen(argv, env=env, stdout=file, stderr=file, start_new_session=True)
     sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES) for way in ("send", "receive")]
     try:
-        with grpc.insecure_channel(
-            address, options=[*sizes, ("grpc.use_local_subchannel_pool", 1)]
-        ) as channel:
+        with grpc.insecure_channel(address, options=[*sizes, ("grpc.use_local_subchannel_pool", 1)]) as channel:
             wait_until_serving(channel, process, log)
             yield channel
     finally:
@@ -209,8 +207,7 @@ def write_results(cases: Sequence[Case], mismatches: Mismatches, accepted: Seque
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "numpy")},
         "models": len(cases),
-        "served_alike": len(by_outcome[Outcome.PASSES])
-        - len({text.partition(",")[0] for text in mismatches}),
+        "served_alike": len(by_outcome[Outcome.PASSES]) - len({text.partition(",")[0] for text in mismatches}),
         "of_which_large_architectures": sum(case.test.kind == "real" for case in by_outcome[Outcome.PASSES]),
         "refused_by_type": Counter(case.why for case in by_outcome[Outcome.NOT_CARRIED]),
         "refused_by_type_total": len(by_outcome[Outcome.NOT_CARRIED]),

@@ -97,7 +97,9 @@ def test_health_ready_and_metrics(rest_server):
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = {family.name: family for family in text_string_to_metric_families(reply.body.decode())}
     assert {"forno_request_seconds", "forno_batch_rows", "forno_rpcs", "forno_pending_requests"} <= set(families)
-    counted = [s for s in families["forno_request_seconds"].samples if s.name.endswith("_count") and s.labels["model"] == "add"]
+    counted = [
+        s for s in families["forno_request_seconds"].samples if s.name.endswith("_count") and s.labels["model"] == "add"
+    ]
     assert sum(sample.value for sample in counted) >= 1
 
 
@@ -152,7 +154,13 @@ def test_unknown_paths_are_404_with_a_json_body(rest_server, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models/../models/add:predict", "/v1//models/add:predict", "/v1/models%2Fadd:predict", "/v1/models/add%00:predict"]
+    "path",
+    [
+        "/v1/models/../models/add:predict",
+        "/v1//models/add:predict",
+        "/v1/models%2Fadd:predict",
+        "/v1/models/add%00:predict",
+    ],
 )
 def test_path_tricks_reach_nothing_else(rest_server, path):
     connection = http.client.HTTPConnection("127.0.0.1", rest_server.port, timeout=10)

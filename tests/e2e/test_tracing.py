@@ -37,9 +37,7 @@ def test_the_stages_of_a_sampled_call_arrive(collector, transport, monkeypatch):
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between exports
     endpoint = f"telemetry.otlp_endpoint=http://127.0.0.1:{collector.port}"
     interval = "telemetry.metrics_interval_s=0.2"
-    with FornoServer(
-        ROOT / "examples/forno.yaml", "--set", endpoint, "--set", interval, transport=transport
-    ) as server:
+    with FornoServer(ROOT / "examples/forno.yaml", "--set", endpoint, "--set", interval, transport=transport) as server:
         stub = predictor_pb2_grpc.PredictorStub(server.channel)
         pixels = tensors.encode("pixels", np.zeros((2, 8, 8), np.float32))
         request = predictor_pb2.PredictRequest(model="digits", inputs=[pixels], request_id="r-7")

@@ -44,9 +44,7 @@ class TestWithACompiler:
         assert target.is_file()
         assert build_native.build() == "native Envoy module is current"
 
-    def test_wrong_sources_leave_no_module_behind(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_wrong_sources_leave_no_module_behind(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         target = module(monkeypatch, tmp_path, "this is no C++")
         target.write_bytes(b"an older module")
         assert "failed:" in build_native.build()

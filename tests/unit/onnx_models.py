@@ -154,3 +154,35 @@ def of_sequence(path: Path) -> Path:
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
+
+
+def masked(path: Path, *, pooled_over: str = "mask") -> Path:
+    """Embedded tokens: each one on its own, and their mean over what the mask leaves, or over every position.
+
+    tokens, mask: int64 [n, length] -> each: [n, length, 4], mean: [n, 4].
+    """
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["each"]),
+        helper.make_node("Cast", ["mask"], ["m"], to=Type.FLOAT),
+    ]
+    if pooled_over == "mask":
+        nodes += [
+            helper.make_node("Unsqueeze", ["m", "last"], ["wide"]),
+            helper.make_node("Mul", ["each", "wide"], ["kept"]),
+            helper.make_node("ReduceSum", ["kept", "one"], ["sum"], keepdims=0),
+            helper.make_node("ReduceSum", ["m", "one"], ["count"], keepdims=1),
+            helper.make_node("Div", ["sum", "count"], ["mean"]),
+        ]
+    else:
+        nodes.append(helper.make_node("ReduceMean", ["each", "one"], ["mean"], keepdims=0))
+    return save(
+        path,
+        [("tokens", Type.INT64, ["n", "length"]), ("mask", Type.INT64, ["n", "length"])],
+        [("each", Type.FLOAT, ["n", "length", 4]), ("mean", Type.FLOAT, ["n", 4])],
+        nodes,
+        {
+            "table": np.random.default_rng(3).standard_normal((10, 4)).astype(np.float32),
+            "one": np.array([1]),
+            "last": np.array([2]),
+        },
+    )

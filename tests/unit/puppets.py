@@ -108,6 +108,8 @@ class RecordingMetrics:
     def __init__(self) -> None:
         self.batches: list[tuple[list[int], list[int], int, int, bool]] = []
         self.reasons: Counter[str] = Counter()
+        self.elements = 0
+        self.padded_elements = 0
 
     def batch(
         self,
@@ -118,6 +120,10 @@ class RecordingMetrics:
         failed: bool = False,
     ) -> None:
         self.batches.append((list(queue_us), list(total_us), rows, compute_us, failed))
+
+    def padding(self, elements: int, padded: int) -> None:
+        self.elements += elements
+        self.padded_elements += padded
 
     def refused(self, reason: str, count: int = 1) -> None:
         self.reasons[reason] += count

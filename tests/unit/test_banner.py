@@ -30,6 +30,7 @@ class Shown:
     signature: Signature
     version: str = "1"
     max_rows: int = 32
+    example_shapes: tuple[tuple[int, ...], ...] = ()
     engine_name: str = "onnx"
     settings: ModelSettings = field(default_factory=ModelSettings)
 
@@ -212,3 +213,11 @@ def test_progress_is_one_line_a_model():
     assert banner.loaded(Shown("spam", SPAM), 0.214) == "spam 1 ready in 0.21 s (onnx, batches up to 32 rows)"
     assert banner.batching(Shown("spam", SPAM, settings=waiting)) == "batches up to 32 rows or 500 us"
     assert banner.batching(Shown("spam", SPAM, max_rows=1)) == "one request at a time"
+
+
+def test_open_dimensions_have_sizes_that_have_passed():
+    takes = signature(TensorSpec("picture", np.dtype("u1"), (-1, -1, -1)), batched=True)
+    command = examples.of_model("h:1", "m", takes, rest=True, shapes=((1, 2, 3),)).curl
+    assert body(command) == {"instances": [[[0, 0, 0], [0, 0, 0]]]}
+    told = banner.render("h:1", True, [Shown("m", takes, example_shapes=((1, 2, 3),))])
+    assert "[[0, 0, 0], [0, 0, 0]]" in told

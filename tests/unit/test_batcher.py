@@ -244,3 +244,163 @@ def test_take_all_empties_the_queue(make):
     assert set(policy.take_all()) == set(waiting)
     assert policy.pending_rows == 0
     assert policy.try_close(9) is None
+
+
+def known(policy: Batcher, run_us: int, *row_counts: int) -> Batcher:
+    """Has the policy know what runs take: as long for one row as for many."""
+    tuner = policy._tuner_of(((2,),))
+    for rows in row_counts or (1, 32):
+        for _ in range(100):
+            tuner.cost.learn(rows, run_us)
+    policy._tuner, policy._ran_us = tuner, 1
+    return policy
+
+
+def test_the_soonest_deadline_goes_first_and_none_counts_as_a_far_one(make):
+    policy = batcher(max_rows=1)
+    order = [
+        make(),
+        make(expires_us=900_000),
+        make(expires_us=500_000),
+        make(arrived_us=2, expires_us=90_000_000),
+        make(arrived_us=3),
+    ]
+    for each in order:
+        policy.submit(each)
+    got = [policy.try_close(1).requests[0] for _ in order]
+    assert got == [order[2], order[1], order[0], order[3], order[4]]
+
+
+def test_a_low_priority_is_promoted_after_its_time(make):
+    policy = batcher(max_rows=1, promote_after_ms=1)
+    low = make(priority=-1, arrived_us=10)
+    policy.submit(low)
+    for _ in range(3):
+        policy.submit(make(priority=5, arrived_us=900))
+    assert policy.try_close(1009).requests[0].priority == 5
+    assert policy.try_close(1010).requests == [low]
+
+
+def test_a_starved_shape_goes_before_a_higher_priority(make):
+    policy = batcher(max_rows=1, promote_after_ms=1)
+    low = make(priority=-1, arrived_us=10, width=3)
+    policy.submit(low)
+    policy.submit(make(priority=5, arrived_us=900))
+    assert policy.try_close(1010).requests == [low]
+
+
+def test_a_row_that_would_make_a_member_late_is_left_for_the_next_batch(make):
+    policy = batcher(max_rows=32)
+    tuner = policy._tuner_of(((2,),))
+    for _ in range(100):
+        for rows in (1, 2, 4, 8):
+            tuner.cost.learn(rows, rows * 1000)
+    policy._ran_us = 1
+    waiting = [make(expires_us=4_600), *[make(expires_us=50_000) for _ in range(6)]]
+    for each in waiting:
+        policy.submit(each)
+    assert policy.try_close(1).requests == waiting[:4]
+    assert policy.try_close(4_001).requests == waiting[4:]
+
+
+def test_an_impossible_deadline_is_refused_with_when_to_come_again(make):
+    refused: Counter[str] = Counter()
+    policy = known(batcher(max_rows=1, refused=refused), 1000, 1)
+    for _ in range(10):
+        policy.submit(make())
+    policy.free_us = 2_000
+    policy.submit(make(expires_us=3_500))  # before those without a deadline
+    for _ in range(3):
+        policy.submit(make(expires_us=9_000))
+    with pytest.raises(Overloaded, match="deadline is 3899 us away") as caught:
+        policy.submit(make(expires_us=3_900))
+    assert 0 < caught.value.retry_after_s < 0.01
+    assert refused == {"overloaded": 1}
+
+
+def test_what_was_taken_is_not_made_late_by_what_comes_after(make):
+    policy = known(batcher(max_rows=1), 1000, 1)
+    for _ in range(4):
+        policy.submit(make(expires_us=5_000))
+    with pytest.raises(Overloaded, match="would make requests late that were taken before it"):
+        policy.submit(make(expires_us=4_900))
+    policy.submit(make(expires_us=4_900, priority=1))
+
+
+def test_a_queue_timeout_limits_the_wait_and_not_the_answer(make):
+    policy = known(batcher(), 1000)
+    waiting = make(expires_us=500)
+    waiting.deadline_us = 1 << 62
+    policy.submit(waiting)
+    assert policy.try_close(499).requests == [waiting]
+
+
+def test_a_higher_priority_is_admitted_before_what_waits(make):
+    policy = known(batcher(max_rows=1), 1000, 1)
+    for _ in range(4):
+        policy.submit(make(expires_us=50_000))
+    with pytest.raises(Overloaded):
+        policy.submit(make(expires_us=2_500, priority=-1))
+    policy.submit(make(expires_us=2_500, priority=1))
+
+
+def test_an_idle_engine_puts_an_old_estimate_to_the_test(make):
+    policy = known(batcher(), 50_000)
+    with pytest.raises(Overloaded):
+        policy.submit(make(arrived_us=1_000, expires_us=9_000))
+    probe = make(arrived_us=1_000_001, expires_us=1_009_000)
+    policy.submit(probe)
+    assert policy.try_close(1_000_001).requests == [probe]
+
+
+def test_what_became_hopeless_is_refused_before_it_runs(make):
+    policy = known(batcher(), 1000)
+    late, early = make(expires_us=3_000), make(expires_us=9_000)
+    policy.submit(early)
+    policy.submit(late)
+    assert policy.try_close(2_500).requests == [early]
+    assert isinstance(late.future.exception(), Overloaded)
+    assert policy.pending_rows == policy.pending_requests == 0
+
+
+def test_a_crowd_is_not_held_up_by_the_few_that_leave_no_time_for_a_full_batch(make):
+    policy = batcher(max_rows=8)
+    tuner = policy._tuner_of(((2,),))
+    for _ in range(100):
+        for rows in (1, 8):
+            tuner.cost.learn(rows, 1000 + rows * 100)
+    policy._ran_us = 1
+    tight, crowd = make(expires_us=6_000), [make(expires_us=60_000) for _ in range(12)]
+    for each in (*crowd, tight):
+        policy.submit(each)
+    assert policy.try_close(4_700).requests == crowd[:8]
+    assert isinstance(tight.future.exception(), Overloaded)
+
+
+def test_a_full_queue_tells_when_it_will_have_drained(make):
+    policy = known(batcher(max_rows=4, max_pending_rows=8), 10_000, 1, 4)
+    for _ in range(8):
+        policy.submit(make())
+    with pytest.raises(Overloaded) as caught:
+        policy.submit(make())
+    assert caught.value.retry_after_s == pytest.approx(0.02)
+
+
+def test_first_runs_decide_the_rows_of_a_batch():
+    settings = BatchingSettings()
+    samples = [(rows, 20_000.0 * rows) for rows in (1, 2, 4) for _ in range(3)]
+    policy = Batcher(settings, 32, by_shape=False, refused=lambda _why, _count: None, samples=samples)
+    found = policy.statistics()
+    assert found.rows_cap == 1
+    assert found.one_row_us == found.cap_us == pytest.approx(20_000)
+
+
+def test_a_request_larger_than_the_cap_runs_alone(make):
+    policy = Batcher(
+        BatchingSettings(), 32, by_shape=False, refused=lambda _why, _count: None, samples=[(1, 20_000), (2, 40_000)]
+    )
+    large, small = make(rows=9), make()
+    policy.submit(large)
+    policy.submit(small)
+    assert policy.try_close(1).requests == [large]
+    assert policy.try_close(1).requests == [small]

@@ -209,9 +209,7 @@ def test_check_goes_on_after_a_failure_and_ends_with_1(capsys):
     assert len(faults) == 2
 
 
-@pytest.mark.skipif(
-    not (ROOT / "examples/models/digits").is_dir(), reason="the demo models have not been made"
-)
+@pytest.mark.skipif(not (ROOT / "examples/models/digits").is_dir(), reason="the demo models have not been made")
 def test_check_loads_the_demo_models(capsys):
     assert main(["check", str(ROOT / "examples/models")]) == 0
     assert "pixels: float32[?, 8, 8]" in capsys.readouterr().out
@@ -229,6 +227,5 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_json_is_what_predict_prints():
     assert (
-        json.dumps(_plain([b"\xff", float("inf"), -float("inf"), 1]))
-        == '[{"b64": "/w=="}, "Infinity", "-Infinity", 1]'
+        json.dumps(_plain([b"\xff", float("inf"), -float("inf"), 1])) == '[{"b64": "/w=="}, "Infinity", "-Infinity", 1]'
     )

@@ -141,10 +141,7 @@ def test_anchors_and_merge_keys_work(written):
         ("server: {address: }", "forno.yaml:1: server.address is empty; expected a text"),
         (
             "models: {a: {versions: 0}}",
-            (
-                "forno.yaml:1: models.a.versions is 0; "
-                "expected a whole number of 1 or more or a list such as [a, b]"
-            ),
+            ("forno.yaml:1: models.a.versions is 0; expected a whole number of 1 or more or a list such as [a, b]"),
         ),
         (
             "models: {a: {null: {shape: [1, x]}}}",
@@ -305,9 +302,7 @@ def test_addresses_are_split(address, expected):
     assert split_address(address) == expected
 
 
-@pytest.mark.parametrize(
-    "address", ["", ":80", "a", "a:", "a:x", "a:-1", "a:65536", "::1:80", "a:\u0661", "[]:1"]
-)
+@pytest.mark.parametrize("address", ["", ":80", "a", "a:", "a:x", "a:-1", "a:65536", "::1:80", "a:\u0661", "[]:1"])
 def test_other_addresses_are_refused(address):
     with pytest.raises(ValueError, match="HOST:PORT"):
         split_address(address)

@@ -30,9 +30,7 @@ def restored():
     ours.setLevel(levels[1])
 
 
-def record(
-    msg: str = "Loaded %s", *args: object, level: int = logging.INFO, **extra: object
-) -> logging.LogRecord:
+def record(msg: str = "Loaded %s", *args: object, level: int = logging.INFO, **extra: object) -> logging.LogRecord:
     made = logging.getLogger("forno").makeRecord("forno", level, "file.py", 1, msg, args, None, extra=extra)
     made.created = 1_766_000_000.1234
     return made
@@ -40,15 +38,11 @@ def record(
 
 def test_text_is_one_aligned_line_with_its_extras():
     line = TextFormatter().format(record("Loaded %s", "digits", version="3", path="a b", took_ms=1.5))
-    assert re.fullmatch(
-        r'\d\d:\d\d:\d\d\.123 INFO     Loaded digits  version=3  path="a b"  took_ms=1.5', line
-    )
+    assert re.fullmatch(r'\d\d:\d\d:\d\d\.123 INFO     Loaded digits  version=3  path="a b"  took_ms=1.5', line)
 
 
 def test_text_cannot_be_forged_by_what_a_caller_sent():
-    line = TextFormatter().format(
-        record("No model %s", "x\n12:00:00 ERROR \x1b[31mforged", request_id="a\nb c")
-    )
+    line = TextFormatter().format(record("No model %s", "x\n12:00:00 ERROR \x1b[31mforged", request_id="a\nb c"))
     assert line.isprintable()
     assert '  request_id="a\\nb c"' in line
 
@@ -95,9 +89,7 @@ def test_a_traceback_is_kept(formatter):
     try:
         raise ValueError("broken")
     except ValueError:
-        made = logging.getLogger("forno").makeRecord(
-            "forno", logging.ERROR, "file.py", 1, "Failed", (), sys.exc_info()
-        )
+        made = logging.getLogger("forno").makeRecord("forno", logging.ERROR, "file.py", 1, "Failed", (), sys.exc_info())
     assert "ValueError: broken" in formatter.format(made)
 
 

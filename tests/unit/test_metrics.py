@@ -25,9 +25,7 @@ from forno.server.metrics import (
 
 times_us = st.integers(min_value=0, max_value=100_000_000)
 batches = st.lists(
-    st.tuples(
-        st.lists(st.tuples(times_us, times_us), max_size=80), st.integers(1, 5000), times_us, st.booleans()
-    ),
+    st.tuples(st.lists(st.tuples(times_us, times_us), max_size=80), st.integers(1, 5000), times_us, st.booleans()),
     max_size=40,
 )
 
@@ -124,9 +122,7 @@ def test_the_same_version_keeps_its_counts_when_loaded_again():
 def test_any_label_survives_the_text_format(name, version):
     metrics = Metrics()
     metrics.watch(lambda: [("forno_pending_rows", {"model": name, "version": version}, 4)])
-    assert read(metrics)["forno_pending_rows"] == [
-        ("forno_pending_rows", {"model": name, "version": version}, 4.0)
-    ]
+    assert read(metrics)["forno_pending_rows"] == [("forno_pending_rows", {"model": name, "version": version}, 4.0)]
 
 
 def test_gauges_are_read_at_each_scrape_and_grouped_by_name():

@@ -77,9 +77,7 @@ def test_a_version_folder_is_that_version_of_the_model_above(tree):
 
 
 def test_a_repository_is_a_folder_of_model_folders(tree):
-    tree(
-        "repo/b/model.onnx", "repo/a/1/model.onnx", "repo/a/v2/model.onnx", "repo/docs/x.md", "repo/README.md"
-    )
+    tree("repo/b/model.onnx", "repo/a/1/model.onnx", "repo/a/v2/model.onnx", "repo/docs/x.md", "repo/README.md")
     assert found("repo") == ["a 1 repo/a/1/model.onnx", "b 1 repo/b/model.onnx"]
 
 
@@ -142,10 +140,7 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             ["m.txt"],
             ["m.txt"],
             {},
-            (
-                "m.txt: not a kind of file that is served; expected .onnx or .ort, a folder, or a "
-                "settings file (.yaml)"
-            ),
+            ("m.txt: not a kind of file that is served; expected .onnx or .ort, a folder, or a settings file (.yaml)"),
         ),
         (
             ["d/x.txt"],
@@ -241,10 +236,7 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             ["spam.onnx"],
             ["spam.onnx"],
             {"models": {"zebra": {}}},
-            (
-                "models.zebra: there is no model of this name; "
-                "give it a `path`, or its folder on the command line"
-            ),
+            ("models.zebra: there is no model of this name; give it a `path`, or its folder on the command line"),
         ),
         (
             ["d/a/m.onnx", "d/b/m.onnx"],
@@ -292,10 +284,7 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             ["spam/model.yaml="],
             ["spam"],
             {},
-            (
-                "spam: no model file in this folder; looked for MODEL.onnx, "
-                "NAME/model.onnx or NAME/VERSION/model.onnx"
-            ),
+            ("spam: no model file in this folder; looked for MODEL.onnx, NAME/model.onnx or NAME/VERSION/model.onnx"),
         ),
     ],
 )

@@ -1,26 +1,44 @@
 """Decides which waiting requests run together, and when. Pure policy: no clock, no await, no thread.
 
-Requests wait in one group per row shape, since only equal shapes fit into one run; a group has one first-in-first-out
-lane per priority. The worker asks `try_close` whenever an engine could take work; the batcher never acts by itself.
+Requests wait in one group per row shape, since only equal shapes fit into one run; scheduling.py orders them. The
+worker asks `try_close` whenever an engine could take work, and tells `ran` what each run took; the batcher never acts
+by itself.
+
+A deadline is kept three times, each time against the measured cost: a request that cannot make it behind what waits
+and runs is refused at once; a batch takes no row that would make one of its members late; and what has become
+hopeless while it waited is refused before it runs. Without deadlines none of this costs anything.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from forno.server.admission import expected_us, makes_late_us
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
+from forno.server.filling import Filling
 from forno.server.request import NEVER_US, Batch, Request
+from forno.server.scheduling import Group
+from forno.server.tuning import Tuner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
 
     from forno.server.config import BatchingSettings
+    from forno.server.request import RowShapes
+    from forno.server.scheduling import Lane
 
 _SWEEP_SHARE = 16
 """A full queue is searched for cancelled requests once in this share of its length of refusals and departures: each
 of those then pays for looking at no more than this many requests."""
+_MOST_SHAPES = 256
+"""Row shapes whose cost is remembered; the one that was first seen longest ago goes."""
+_STALE_US = 1_000_000
+"""An idle engine that has run nothing for so long is given a request even where its deadline looks impossible: else a
+wrong estimate that refuses everything would never be put right."""
+_RETRY_S = 0.1
+"""What callers are told while nothing is known."""
+_LEAST_RETRY_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +48,10 @@ class BatcherStatistics:
     pending_requests: int
     pending_rows: int
     shapes: int
-
-
-class _Group:
-    """Waiting requests of equal row shapes. Owned by one Batcher, which removes it when it is empty."""
-
-    __slots__ = ("due_us", "lanes", "rows")
-
-    def __init__(self) -> None:
-        self.lanes: dict[int, deque[Request]] = {}  # by priority, highest first; no lane is empty
-        self.rows = 0
-        self.due_us = NEVER_US  # when it should close even if it is not full
-
-    def add(self, request: Request) -> None:
-        lane = self.lanes.get(request.priority)
-        if lane is None:
-            self.lanes[request.priority] = deque((request,))
-            if len(self.lanes) > 1:
-                self.lanes = dict(sorted(self.lanes.items(), reverse=True))
-        else:
-            lane.append(request)
-        self.rows += request.rows
-
-    def rank(self) -> tuple[int, int]:
-        """Sorts groups: the higher priority first, then the earlier arrival."""
-        priority = next(iter(self.lanes))
-        return -priority, self.lanes[priority][0].arrived_us
-
-    def __iter__(self) -> Iterator[Request]:
-        for lane in self.lanes.values():
-            yield from lane
+    rows_cap: int  # rows of a batch now
+    delay_us: int  # longest wait for company now
+    one_row_us: float  # what a run of one row is expected to take; 0 while unknown, as the next
+    cap_us: float  # what a run of `rows_cap` rows is expected to take
 
 
 class Batcher:
@@ -72,19 +64,39 @@ class Batcher:
         max_rows: Most rows of a batch; 1 where the model is not batched, which makes each request its own batch.
         by_shape: Whether requests of one model can differ in their row shapes.
         refused: Told how many requests were dropped and why: "overloaded", "expired" or "cancelled".
+        samples: Rows and microseconds of the first runs, made before there was a request.
     """
 
     def __init__(
-        self, settings: BatchingSettings, max_rows: int, *, by_shape: bool, refused: Callable[[str, int], None]
+        self,
+        settings: BatchingSettings,
+        max_rows: int,
+        *,
+        by_shape: bool,
+        refused: Callable[[str, int], None],
+        samples: Iterable[tuple[int, float]] = (),
     ) -> None:
+        self._settings = settings
         self._max_rows = max_rows
-        self._max_delay_us = settings.max_delay_us if max_rows > 1 else 0
         self._max_pending_rows = settings.max_pending_rows
+        self._promote_us = settings.promote_after_ms * 1000
         self._by_shape = by_shape
         self._refused = refused
-        self._groups: dict[tuple[tuple[int, ...], ...], _Group] = {}
+        self._groups: dict[RowShapes, Group] = {}
+        self._tuners: dict[RowShapes, Tuner] = {}
+        self._tuner = Tuner(settings, max_rows)  # of the last run
+        if not by_shape:
+            self._tuners[()] = self._tuner
+            for rows, run_us in samples:
+                if rows <= max_rows:
+                    self._tuner.cost.learn(rows, run_us)
+            self._tuner.review()
+        self._patient = max_rows > 1 and bool(settings.max_delay_us or settings.latency_target_ms)
         self._soonest_us = NEVER_US  # no waiting request expires before this
         self._moves = settings.max_pending_rows  # refusals and departures since the last search for cancelled requests
+        self._ran_us = 0  # when a run last ended
+        self.free_us = 0  # when the engine is expected to be free; told by the worker, as the next
+        self.lag_us = 0  # what an answer needs beyond its run
         self.pending_requests = 0
         self.pending_rows = 0
 
@@ -94,7 +106,7 @@ class Batcher:
         Raises:
             DeadlineExceeded: The request arrived with no time left.
             InvalidArgument: It has more rows than a batch.
-            Overloaded: Its rows and those that wait are more than may wait.
+            Overloaded: Its rows and those that wait are more than may wait, or it would be late behind them.
         """
         rows = request.rows
         expires_us = request.expires_us
@@ -104,47 +116,58 @@ class Batcher:
                 "send fewer rows a request, or raise batching.max_rows",
                 "inputs",
             )
-        if expires_us <= request.arrived_us:
-            self._refused("expired", 1)
-            raise DeadlineExceeded("the deadline had passed when the request arrived; it did not run")
         if self.pending_rows + rows > self._max_pending_rows and self.pending_rows:
             self._make_room(request)
-        key = request.row_shapes if self._by_shape else ()
+        key = (request.shape_key or request.row_shapes) if self._by_shape else ()
         group = self._groups.get(key)
+        if expires_us < NEVER_US:
+            self._admit(request, group, group.tuner if group else self._tuner_of(key))
+            self._soonest_us = min(self._soonest_us, expires_us)
         if group is None:
-            group = self._groups[key] = _Group()
-        group.add(request)
-        if self._max_delay_us == 0 or group.rows >= self._max_rows:
+            group = self._groups[key] = Group(self._tuner_of(key))
+        group.add(request, self._promote_us)
+        if not self._patient or group.rows >= group.tuner.cap:
             group.due_us = 0
         else:
-            group.due_us = min(group.due_us, self._due_us(request))
+            group.due_us = min(group.due_us, self._due_us(request, group.tuner.delay_us))
         self.pending_requests += 1
         self.pending_rows += rows
-        if expires_us < self._soonest_us:  # noqa: PLR1730  (a call costs more, and every request comes here)
-            self._soonest_us = expires_us
 
     def try_close(self, now_us: int) -> Batch | None:
         """The batch that should run now, or None. Cancelled and expired requests are dropped on the way."""
         while self._groups:
-            if self._max_delay_us == 0 and len(self._groups) == 1:
+            if not self._patient and len(self._groups) == 1:
                 ((key, group),) = self._groups.items()
             else:
                 due = [item for item in self._groups.items() if item[1].due_us <= now_us]
                 if not due:
                     return None
-                key, group = min(due, key=lambda item: item[1].rank())
+                key, group = min(due, key=lambda item: item[1].rank(now_us))
             batch = self._take(group, now_us)
             if not group.lanes:
                 del self._groups[key]
             else:
                 self._set_due(group)
             if batch.requests:
+                batch.tuner = group.tuner
                 return batch
         return None
 
+    def expect(self, running: Iterable[Batch], since_us: int) -> None:
+        """Told which batches an engine apart from the loop holds now, and since when the first of them runs."""
+        self.free_us = since_us
+        for batch in running:
+            self.free_us += int(batch.tuner.cost.typical_us(batch.rows))
+
+    def ran(self, batch: Batch, run_us: int, now_us: int) -> None:
+        """Told what a run took, failed ones left out."""
+        self._ran_us = now_us
+        self._tuner = tuner = batch.tuner
+        tuner.ran(batch.rows, run_us, batch.closed_us)
+
     def next_close_us(self) -> int | None:
         """When `try_close` should be asked again; None while nothing waits, 0 where a batch is ready."""
-        if self._max_delay_us == 0:
+        if not self._patient:
             return 0 if self._groups else None
         return min((group.due_us for group in self._groups.values()), default=None)
 
@@ -159,7 +182,7 @@ class Batcher:
 
     def hurry(self) -> None:
         """Nothing waits for company any more: the model is about to stop."""
-        self._max_delay_us = 0
+        self._patient = False
         for group in self._groups.values():
             group.due_us = 0
 
@@ -172,47 +195,125 @@ class Batcher:
         return requests
 
     def statistics(self) -> BatcherStatistics:
-        """What waits now; cancelled requests that have not been met yet count."""
-        return BatcherStatistics(self.pending_requests, self.pending_rows, len(self._groups))
+        """What waits now, cancelled requests that have not been met yet included, and how batches are sized."""
+        tuner = self._tuner
+        return BatcherStatistics(
+            self.pending_requests,
+            self.pending_rows,
+            len(self._groups),
+            tuner.cap,
+            tuner.delay_us,
+            tuner.cost.typical_us(1),
+            tuner.cost.typical_us(tuner.cap),
+        )
 
-    def _due_us(self, request: Request) -> int:
+    def _tuner_of(self, key: RowShapes) -> Tuner:
+        tuner = self._tuners.get(key)
+        if tuner is None:
+            if len(self._tuners) >= _MOST_SHAPES:
+                del self._tuners[next(iter(self._tuners))]
+            tuner = self._tuners[key] = Tuner(self._settings, self._max_rows, self._tuner.cap)
+        return tuner
+
+    def _admit(self, request: Request, group: Group | None, tuner: Tuner) -> None:
+        """Refuses a request that would be late, or would make others late that were promised to be in time."""
+        now_us, expires_us = request.arrived_us, request.expires_us
+        if expires_us <= now_us:
+            self._refused("expired", 1)
+            raise DeadlineExceeded("the deadline had passed when the request arrived; it did not run")
+        urgent_us = min(expires_us, now_us + self._promote_us)
+        starts_us = max(now_us, self.free_us) + self.lag_us
+        answered_us = expected_us(self._groups.values(), request, tuner, urgent_us, starts_us)
+        late_us, others_late_us = answered_us - request.answer_by_us, 0.0
+        if late_us <= 0 and group is not None:
+            others_late_us = makes_late_us(group, request, urgent_us, starts_us)
+        if max(late_us, others_late_us) <= 0 or (not self.pending_rows and self._is_stale(now_us)):
+            return
+        if others_late_us > 0:
+            why = "would make requests late that were taken before it"
+        else:
+            why = f"would be answered after {int(answered_us) - now_us} us, behind the requests ahead"
+        self._refused("overloaded", 1)
+        raise Overloaded(
+            f"the request's deadline is {request.answer_by_us - now_us} us away, and it {why}; it did not run. "
+            "Send again later, or allow more time",
+            max(late_us / 1e6, others_late_us / 1e6, _LEAST_RETRY_S),
+        )
+
+    def _due_us(self, request: Request, delay_us: int) -> int:
         """When the request has waited long enough for company: after the delay, or half of the time that it has."""
-        return min(request.arrived_us + self._max_delay_us, (request.arrived_us + request.expires_us) // 2)
+        return min(request.arrived_us + delay_us, (request.arrived_us + request.expires_us) // 2)
 
-    def _set_due(self, group: _Group) -> None:
-        if self._max_delay_us == 0 or group.rows >= self._max_rows:
+    def _set_due(self, group: Group) -> None:
+        if not self._patient or group.rows >= group.tuner.cap:
             group.due_us = 0
         else:
-            group.due_us = min(self._due_us(request) for request in group)
+            group.due_us = min([self._due_us(request, group.tuner.delay_us) for request in group])
 
-    def _take(self, group: _Group, now_us: int) -> Batch:
+    def _take(self, group: Group, now_us: int) -> Batch:
         """Moves requests from the group into a batch, in order, until one does not fit. May return no request."""
-        room = self._max_rows
-        requests: list[Request] = []
-        dropped: list[Request] = []
-        left = 0
-        for priority, lane in list(group.lanes.items()):
-            while lane:
-                request = lane[0]
-                if request.expires_us <= now_us or request.future.done():
-                    dropped.append(request)
-                elif request.rows <= room:
-                    room -= request.rows
-                    requests.append(request)
-                else:
-                    break
-                lane.popleft()
-                left += request.rows
-            if lane:
+        lanes, tuner = group.lanes, group.tuner
+        if len(lanes) == 1:
+            ((priority, lane),) = lanes.items()
+            if not lane.timed:
+                return self._take_in_order(group, priority, lane, now_us)
+        starts_us = max(now_us, self.free_us) + self.lag_us
+        filling = Filling(tuner, group.rows, now_us, starts_us, trusting=not self._is_stale(now_us))
+        for priority, lane in group.turns(now_us):
+            filling.take(lane)
+            if filling.full:
                 break
-            del group.lanes[priority]
-        group.rows -= left
-        self.pending_rows -= left
-        self.pending_requests -= len(requests) + len(dropped)
+            del lanes[priority]
+        requests, dropped, hopeless = filling.requests, filling.dropped, filling.hopeless
+        self._left(group, len(requests) + len(dropped) + len(hopeless), filling.left_rows)
         self._moves += len(requests)
         if dropped:
             self._drop(dropped, now_us)
-        return Batch(requests, self._max_rows - room, now_us)
+        if hopeless:
+            self._give_up(hopeless)
+        return Batch(requests, filling.rows, now_us, tuner)
+
+    def _take_in_order(self, group: Group, priority: int, lane: Lane, now_us: int) -> Batch:
+        """The same where nobody has a deadline and all have one priority, which is the way of most batches."""
+        fifo, cap = lane.fifo, group.tuner.cap
+        requests: list[Request] = []
+        dropped: list[Request] = []
+        rows = dropped_rows = 0
+        while fifo:
+            request = fifo[0]
+            if request.future.done():
+                dropped.append(request)
+                dropped_rows += request.rows
+            elif rows + request.rows <= cap or not requests:
+                rows += request.rows
+                requests.append(request)
+            else:
+                break
+            fifo.popleft()
+        lane.rows -= rows + dropped_rows
+        if not fifo:
+            del group.lanes[priority]
+        self._left(group, len(requests) + len(dropped), rows + dropped_rows)
+        self._moves += len(requests)
+        if dropped:
+            self._drop(dropped, now_us)
+        return Batch(requests, rows, now_us, group.tuner)
+
+    def _left(self, group: Group, requests: int, rows: int) -> None:
+        group.rows -= rows
+        self.pending_rows -= rows
+        self.pending_requests -= requests
+
+    def _is_stale(self, now_us: int) -> bool:
+        """Whether the engine is idle and what is known of its cost is old."""
+        return self.free_us <= now_us and now_us >= self._ran_us + _STALE_US
+
+    def _retry_s(self) -> float:
+        """When what waits now will have run."""
+        tuner = self._tuner
+        if not tuner.cost.known:
+            return _RETRY_S
+        return max(tuner.cost.drain_us(self.pending_rows, tuner.cap) / 1e6, _LEAST_RETRY_S)
 
     def _make_room(self, request: Request) -> None:
         """Lets the places of cancelled and expired requests go to a new one, or refuses it."""
@@ -223,7 +324,8 @@ class Batcher:
             self._refused("overloaded", 1)
             raise Overloaded(
                 f"{self.pending_rows} rows wait already, and {request.rows} more would be over "
-                f"batching.max_pending_rows = {self._max_pending_rows}; send again later"
+                f"batching.max_pending_rows = {self._max_pending_rows}; send again later",
+                self._retry_s(),
             )
 
     def _sweep(self, now_us: int) -> None:
@@ -234,7 +336,7 @@ class Batcher:
         for key, group in list(self._groups.items()):
             count = len(dropped)
             for priority, lane in list(group.lanes.items()):
-                kept: deque[Request] = deque()
+                kept: list[Request] = []
                 for request in lane:
                     if request.expires_us <= now_us or request.future.done():
                         dropped.append(request)
@@ -242,17 +344,17 @@ class Batcher:
                         kept.append(request)
                         self._soonest_us = min(self._soonest_us, request.expires_us)
                 if kept:
-                    group.lanes[priority] = kept
+                    lane.keep(kept)
                 else:
                     del group.lanes[priority]
             gone = dropped[count:]
-            group.rows -= sum(request.rows for request in gone)
+            group.rows -= sum([request.rows for request in gone])
             if not group.lanes:
                 del self._groups[key]
             elif gone:
                 self._set_due(group)
         self.pending_requests -= len(dropped)
-        self.pending_rows -= sum(request.rows for request in dropped)
+        self.pending_rows -= sum([request.rows for request in dropped])
         if dropped:
             self._drop(dropped, now_us)
 
@@ -268,3 +370,12 @@ class Batcher:
             self._refused("expired", len(expired))
         if len(expired) < len(requests):
             self._refused("cancelled", len(requests) - len(expired))
+
+    def _give_up(self, requests: list[Request]) -> None:
+        """Answers those that would only be late: the run before took longer than was expected when they came."""
+        for request in requests:
+            request.future.set_exception(
+                Overloaded("the deadline could not be met any more; the request did not run", self._retry_s())
+            )
+        if requests:
+            self._refused("overloaded", len(requests))

@@ -28,14 +28,71 @@ class BatchingSettings(Settings):
 
     enabled: bool | None = None
     """Whether rows of different requests run together; unset = found from the model and proven at warm-up."""
+    tune: Literal["auto", "off"] = "auto"
+    """`auto`: rows of a run, and with `latency_target_ms` the wait for company, follow what runs are measured
+    to cost; a value that is set below stays as it is. `off`: all of them stay."""
     max_rows: Rows = 32
-    """Most rows of one run."""
+    """Most rows of one run. Unset = 32 at most, and fewer where more rows make nothing faster."""
     max_delay_us: Annotated[int, Field(strict=True, ge=0, le=10_000_000)] = 0
     """Longest wait for company, in microseconds; 0 = a free engine never waits: requests group while it is
     busy."""
+    latency_target_ms: Annotated[int, Field(strict=True, ge=0, le=600_000)] = 0
+    """Time from arrival to answer, in milliseconds, that batches are sized for while the engine keeps up; 0 = none:
+    the rows that give the most answers a second. Refuses nothing: that is what a caller's deadline is for."""
+    promote_after_ms: Annotated[int, Field(strict=True, ge=1, le=600_000)] = 1000
+    """A request that has waited so long, in milliseconds, goes before every priority and every later deadline."""
     max_pending_rows: Rows = 4096
     """Most rows that may wait; a request over it is refused with RESOURCE_EXHAUSTED. A single larger request
     still enters an empty queue."""
+
+
+class CacheSettings(Settings):
+    """Answers that are kept, and given again to equal requests."""
+
+    max_bytes: Annotated[int, Field(strict=True, ge=0, le=2**40)] = 0
+    """Most memory of the kept answers of one version, in bytes; the least recently asked for make room.
+    0 = no cache. Equal requests that come while the first of them waits or runs share its run."""
+    ttl_s: Annotated[float, Field(strict=True, ge=0, le=365 * 86_400)] = 0.0
+    """How long an answer may be given again, in seconds; 0 = as long as there is room for it."""
+
+
+class PaddingSettings(Settings):
+    """How requests of different row shapes run together. `padding: auto` stands for `padding: {enabled: auto}`."""
+
+    enabled: bool | Literal["auto"] = False
+    """Whether shorter rows are padded so that they run with longer ones; auto = only what is proven at warm-up to give
+    the answers that rows give without padding. False = only rows of equal shapes run together."""
+    sizes: tuple[Annotated[int, Field(strict=True, ge=1)], ...] = ()
+    """Largest sizes of the buckets in which rows run together, such as [32, 64, 128]; empty = 8, 12, 16, 24, 32, 48
+    and so on. A row above all of them runs with its equals."""
+    exact: bool = False
+    """Whether rows are padded up to their bucket's size, for engines that want few shapes; false = to the longest that
+    run together."""
+    axes: dict[str, tuple[int, ...]] = {}
+    """Input -> its dimensions that are padded, such as {tokens: [1], mask: [1]}; empty = all of any size but the one of
+    the rows, which is 0."""
+    values: dict[str, bool | int | float | str] = {}
+    """Input -> what it is padded with; 0 or an empty text where it is not named."""
+    outputs: dict[str, dict[int, str]] = {}
+    """Output -> dimension -> whose size it has, such as {scores: {1: tokens.1}}, so that padding is cut off again;
+    where it is not named, dimensions that the model calls the same."""
+    allowed_rows: tuple[Rows, ...] = ()
+    """Counts of rows that a run may have, ascending, such as [1, 2, 4, 8]; smaller batches are padded by repeating
+    their last row. Empty = any. It needs not `enabled`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: object) -> object:
+        if isinstance(given, str) and given not in {"auto", "true", "false"}:
+            raise ValueError("auto, true, false or a mapping such as {enabled: auto, sizes: [32, 64]}")
+        return {"enabled": given} if isinstance(given, str | bool) else given
+
+    @field_validator("sizes", "allowed_rows")
+    @classmethod
+    def _ascending(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if list(counts) != sorted(set(counts)):
+            raise ValueError("numbers in ascending order, each once")
+        return counts
 
 
 class OnnxSettings(Settings):
@@ -52,6 +109,8 @@ class NullSettings(Settings):
 
     delay_us: Annotated[int, Field(strict=True, ge=0, le=60_000_000)] = 0
     """How long each run takes, in microseconds."""
+    row_delay_us: Annotated[int, Field(strict=True, ge=0, le=60_000_000)] = 0
+    """How much longer it takes for each of its rows, in microseconds."""
     shape: tuple[Annotated[int, Field(strict=True, ge=-1)], ...] = (-1, -1)
     """Shape of its one input `x` and one output `y`, -1 for any size; the first dimension counts rows."""
     data_type: str = "float32"
@@ -71,6 +130,12 @@ class ModelSettings(Settings):
     """Label -> version, such as {stable: "3"}; a label is a name that can move from version to version."""
     batching: BatchingSettings = BatchingSettings()
     """How its requests are grouped."""
+    padding: PaddingSettings = PaddingSettings()
+    """How requests of different row shapes run together; `auto` = where that is proven to change no answer."""
+    cache: CacheSettings = CacheSettings()
+    """Answers that are given again to equal requests; off unless `max_bytes` is set."""
+    deterministic: bool = True
+    """Whether equal inputs give equal outputs; false for a model that samples, which is never cached."""
     onnx: OnnxSettings = OnnxSettings()
     """Settings of the ONNX Runtime engine."""
     null: NullSettings = NullSettings()
@@ -78,6 +143,15 @@ class ModelSettings(Settings):
     inline_below_us: Annotated[int, Field(strict=True, ge=0, le=100_000)] = 150
     """A model whose full batch ran faster than this at warm-up, in microseconds, runs on the event loop
     itself, where a hop to a thread would cost more than the run; 0 = always on a thread of its own."""
+
+    @model_validator(mode="after")
+    def _cached_only_if_deterministic(self) -> ModelSettings:
+        if self.cache.max_bytes and not self.deterministic:
+            raise ValueError(
+                f"`cache.max_bytes` is {self.cache.max_bytes}, but `deterministic` is false: "
+                "a cached answer would be given again; remove one of them"
+            )
+        return self
 
 
 class EndpointSettings(Settings):
@@ -165,7 +239,5 @@ def split_address(address: str) -> tuple[str, int]:
     elif ":" in host:
         host = ""
     if not (host and colon and port.isascii() and port.isdecimal() and int(port) <= 65535):
-        raise ValueError(
-            "HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080"
-        )
+        raise ValueError("HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080")
     return host, int(port)

@@ -5,7 +5,6 @@ Kept light: with servicers inside Envoy this process never imports gRPC, NumPy o
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import socket
 import sys
@@ -55,6 +54,8 @@ def _run(main: Coroutine[Any, Any, None]) -> int:
 
         uvloop.run(main)
     except ImportError:
+        import asyncio  # noqa: PLC0415  (heavy)
+
         asyncio.run(main)
     return 0
 
@@ -84,13 +85,14 @@ def _limit(config: Config) -> int:
 async def _run_server(
     config: Config, paths: Sequence[str], address: str, *, rest: bool, make: Callable[[Any], Any]
 ) -> None:
+    import asyncio  # noqa: PLC0415  (heavy)
+
     from forno.server.repository import find  # noqa: PLC0415
     from forno.server.server import Server  # noqa: PLC0415  (heavy)
 
     server = Server(config, find([Path(path) for path in paths], config), address, rest=rest)
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.stop)
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
     await server.run(make(server.metrics.rpc))
 
 

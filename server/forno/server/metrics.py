@@ -37,6 +37,9 @@ ROW_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 OUTCOMES = ("ok", "failed", "overloaded", "expired", "cancelled", "invalid")
 """How a request to a model can end."""
 
+CACHE_RESULTS = ("hit", "miss", "joined")
+"""What a model's response cache can do with a request: answer it, let it run, or let it share a run."""
+
 _FOLD_COUNT = 1024  # folding costs a sixtieth of this in microseconds: too short a pause to be seen
 _MAX_RPC_SERIES = 1024  # a caller chooses the method's name, and must not be able to choose our memory
 
@@ -48,10 +51,18 @@ HELP = {
     "forno_compute_seconds": "Time of a run, of batches that succeeded.",
     "forno_batch_rows": "Rows that ran together, of batches that succeeded.",
     "forno_requests_total": "Requests to a model, by how they ended.",
+    "forno_cache_requests_total": "Requests to a model with a cache; only a miss counts in other metrics of the model.",
+    "forno_cache_bytes": "Memory of the answers that a model's cache keeps.",
+    "forno_cache_entries": "Answers that a model's cache keeps.",
+    "forno_elements_total": "Elements of inputs that ran, of models with padding.",
+    "forno_padded_elements_total": "Of those, elements that no request has: what padding wastes.",
     "forno_rpcs_total": "Calls by method and gRPC status.",
     "forno_pending_requests": "Requests that wait for a run.",
     "forno_pending_rows": "Rows that wait for a run.",
     "forno_running_rows": "Rows that run now.",
+    "forno_batch_rows_limit": "Most rows of a batch, as tuned now.",
+    "forno_batch_delay_seconds": "Longest wait for company, as tuned now.",
+    "forno_run_expected_seconds": "What a run of one row, and of as many as the limit, is expected to take.",
     "forno_model_state": "1 for the state that the model is in.",
     "process_cpu_seconds_total": "User and system time of the process, in seconds.",
     "process_resident_memory_bytes": "Resident memory of the process, in bytes.",
@@ -147,11 +158,14 @@ class Histogram:
 class ModelMetrics:
     """Counts and times of one version of a model. Made and kept by `Metrics`; event loop only."""
 
-    __slots__ = ("compute", "labels", "outcomes", "queue", "rows", "total")
+    __slots__ = ("cache", "compute", "elements", "labels", "outcomes", "padded_elements", "queue", "rows", "total")
 
     def __init__(self, name: str, version: str) -> None:
         self.labels = {"model": name, "version": version}
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.cache: dict[str, int] = {}  # by CACHE_RESULTS; empty where the model has no cache
+        self.elements = 0  # that ran, where the model has padding
+        self.padded_elements = 0  # of those, the ones that no request has
         self.queue = Histogram(DURATION_BOUNDS_US, _US_PER_S)
         self.total = Histogram(DURATION_BOUNDS_US, _US_PER_S)
         self.compute = Histogram(DURATION_BOUNDS_US, _US_PER_S)
@@ -190,6 +204,16 @@ class ModelMetrics:
         if len(runs) >= _FOLD_COUNT:
             self.compute.fold()
             self.rows.fold()
+
+    def padding(self, elements: int, padded: int) -> None:
+        """Record what a run of a model with padding was given.
+
+        Args:
+            elements: Of all inputs.
+            padded: Those of them that no request has.
+        """
+        self.elements += elements
+        self.padded_elements += padded
 
     def refused(self, reason: str, count: int = 1) -> None:
         """Record requests that never ran.
@@ -248,6 +272,17 @@ class Metrics:
                 [Point({**m.labels, "outcome": name}, n) for m in models for name, n in m.outcomes.items()],
             ),
             Family(
+                "forno_cache_requests_total",
+                "counter",
+                [Point({**m.labels, "result": name}, n) for m in models for name, n in m.cache.items()],
+            ),
+            Family("forno_elements_total", "counter", [Point(m.labels, m.elements) for m in models if m.elements]),
+            Family(
+                "forno_padded_elements_total",
+                "counter",
+                [Point(m.labels, m.padded_elements) for m in models if m.elements],
+            ),
+            Family(
                 "forno_rpcs_total",
                 "counter",
                 [Point({"method": method, "code": code}, n) for (method, code), n in self._rpcs.items()],
@@ -290,9 +325,7 @@ def _text(family: Family) -> Iterator[str]:
         yield f"# HELP {name} {escaped}\n"
     yield f"# TYPE {name} {family.kind}\n"
     for point in family.points:
-        inner = ",".join(
-            f'{label}="{value.translate(_LABEL_ESCAPES)}"' for label, value in point.labels.items()
-        )
+        inner = ",".join(f'{label}="{value.translate(_LABEL_ESCAPES)}"' for label, value in point.labels.items())
         labels = f"{{{inner}}}" if inner else ""
         if isinstance(point, Point):
             yield f"{name}{labels} {_number(point.value)}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,11 @@ import numpy as np
 
 from forno.server.batcher import Batcher
 from forno.server.engines import engine_name, open_engine
-from forno.server.errors import ConfigError, InvalidArgument, NotReady
+from forno.server.errors import ConfigError, FornoError, InvalidArgument, NotReady
+from forno.server.proof import proven
+from forno.server.shapes import plan, rows_limit
 from forno.server.signature import Signature
+from forno.server.splitting import parts_of
 from forno.server.warmup import WarmUp, warm_up
 from forno.server.worker import Worker
 from forno.v1.tensors import OBJECT
@@ -26,11 +29,14 @@ if TYPE_CHECKING:
     from forno.server.config import ModelSettings
     from forno.server.engines import Engine
     from forno.server.metrics import ModelMetrics
-    from forno.server.request import Request
+    from forno.server.request import Answer, Request, RowShapes
+    from forno.server.shapes import Cut, Fit
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger("forno.model")
+
+_MOST_FITS = 4096
 
 
 def clock_us() -> int:
@@ -61,6 +67,12 @@ class ModelStatistics:
     pending_rows: int = 0
     running_rows: int = 0
     inline: bool = False
+    rows_cap: int = 1  # rows of a batch now
+    delay_us: int = 0  # longest wait for company now
+    one_row_us: float = 0.0  # what a run of one row is expected to take; 0 while unknown, as the next
+    cap_us: float = 0.0  # what a run of `rows_cap` rows is expected to take
+    elements: int = 0  # that ran so far, where the model has padding
+    padded_elements: int = 0  # of those, the ones that no request has
 
 
 class Model:
@@ -94,11 +106,14 @@ class Model:
         self.engine_name = ""
         self.signature = Signature((), (), batched=False)
         self.max_rows = 1
+        self.example_shapes: tuple[tuple[int, ...], ...] = ()  # of inputs that passed the first runs; empty if none did
         self._metrics = metrics
         self._clock_us = clock
         self._worker: Worker | None = None
         self._batcher: Batcher | None = None
         self._text_inputs: tuple[int, ...] = ()  # inputs whose strings must be text
+        self._fits: dict[RowShapes, Fit] = {}  # of shapes seen lately, where shapes are padded
+        self._pads = False  # whether shapes are padded
         self._settled = asyncio.Event()  # LOADING is over, or was never begun
         self._settled.set()
         self._ended = asyncio.Event()
@@ -137,12 +152,18 @@ class Model:
         Raises:
             NotReady: The model does not serve now.
             DeadlineExceeded, InvalidArgument, Overloaded: See `Batcher.submit`.
+            InvalidArgument: It has more rows than may wait, or sizes that should be equal are not.
         """
         worker = self._worker
         if worker is None or self.state is not ModelState.READY:
             raise self.not_ready()
         if self._text_inputs:
             request.inputs = self._as_text(request.inputs)
+        if request.rows > self.max_rows:
+            self._submit_parts(worker, request)
+            return
+        if self._pads:
+            self._fit(request)
         worker.submit(request)
 
     async def close(self, grace_s: float) -> None:
@@ -171,7 +192,16 @@ class Model:
             return ModelStatistics()
         waiting = self._batcher.statistics()
         return ModelStatistics(
-            waiting.pending_requests, waiting.pending_rows, self._worker.running_rows, self._worker.inline
+            waiting.pending_requests,
+            waiting.pending_rows,
+            self._worker.running_rows,
+            self._worker.inline,
+            waiting.rows_cap,
+            waiting.delay_us,
+            waiting.one_row_us,
+            waiting.cap_us,
+            self._metrics.elements,
+            self._metrics.padded_elements,
         )
 
     def _open(self) -> tuple[Engine[Any], WarmUp]:
@@ -179,7 +209,7 @@ class Model:
         self.engine_name = engine_name(self.path, self.settings)
         engine = open_engine(self.path, self.settings)
         try:
-            return engine, warm_up(engine, self.settings.batching, self.settings.inline_below_us)
+            return engine, self._prove(engine)
         except ConfigError as error:
             engine.close()
             raise ConfigError(f"model '{self.name}': {error}") from error
@@ -187,11 +217,36 @@ class Model:
             engine.close()
             raise
 
+    def _prove(self, engine: Engine[Any]) -> WarmUp:
+        """Makes the first runs, and decides with them which rows run together, and padded."""
+        settings, batching = self.settings.padding, self.settings.batching
+        padding = plan(engine.signature, settings)
+        if padding is not None:
+            max_rows = rows_limit(batching.max_rows, settings.allowed_rows)
+            batching = batching.model_copy(update={"max_rows": max_rows})
+            engine.signature = replace(engine.signature, padding=padding.only(()))  # of the count of rows alone
+        warm = warm_up(engine, batching, self.settings.inline_below_us)
+        if padding is None or not (warm.signature.batched and padding.names):
+            return warm
+        held, why = proven(engine, padding, warm.shapes) if warm.passed else (None, "no run has passed")
+        note = ""
+        if settings.enabled == "auto":
+            note = f"rows of these dimensions are not padded: {why}" if why else ""
+            padding = held or (padding.only(()) if settings.allowed_rows else None)
+        elif why:
+            note = f"padding is on because padding.enabled is true, but it may change answers: {why}"
+        engine.signature = replace(warm.signature, padding=padding)
+        return replace(warm, signature=engine.signature, note="; ".join(filter(None, (warm.note, note))))
+
     def _begin(self, engine: Engine[Any], warm: WarmUp) -> None:
         batching = self.settings.batching
         self.signature = warm.signature
         self.note = warm.note
-        self.max_rows = batching.max_rows if warm.signature.batched else 1
+        self.max_rows = (
+            rows_limit(batching.max_rows, self.settings.padding.allowed_rows) if warm.signature.batched else 1
+        )
+        self.example_shapes = warm.shapes
+        self._pads = warm.signature.padding is not None and bool(warm.signature.padding.names)
         if engine.text_only:
             specs = enumerate(warm.signature.inputs)
             self._text_inputs = tuple([index for index, spec in specs if spec.dtype == OBJECT])
@@ -201,6 +256,7 @@ class Model:
             self.max_rows,
             by_shape=warm.signature.batched and open_shapes,
             refused=self._metrics.refused,
+            samples=warm.samples,
         )
         self._worker = Worker(
             str(self),
@@ -217,6 +273,40 @@ class Model:
             log.log(logging.INFO if warm.passed else logging.WARNING, "%s: %s", self, warm.note)
         self.state = ModelState.READY
 
+    def _fit(self, request: Request) -> None:
+        """Puts the request into its bucket, and has its own part cut out of what a padded run gives."""
+        shapes = request.row_shapes
+        fit = self._fits.get(shapes)
+        if fit is None:
+            padding = self.signature.padding
+            if padding is None:
+                return
+            fit = padding.fit(shapes)
+            if len(self._fits) >= _MOST_FITS:  # a caller chooses shapes, and must not choose our memory
+                self._fits.clear()
+            self._fits[shapes] = fit
+        request.shape_key = fit.key
+        if fit.cuts is not None:
+            request.finish = _cutting(fit.cuts, request.finish)
+
+    def _submit_parts(self, worker: Worker, request: Request) -> None:
+        most_rows = self.settings.batching.max_pending_rows
+        if request.rows > most_rows:
+            raise InvalidArgument(
+                f"the request has {request.rows} rows, but at most batching.max_pending_rows = {most_rows} may wait; "
+                "send fewer rows a request",
+                "inputs",
+            )
+        whole, parts = parts_of(request, self.max_rows)
+        try:
+            for part in parts:
+                if self._pads:
+                    self._fit(part)
+                worker.submit(part)
+        except FornoError:
+            whole.give_up()
+            raise
+
     def _as_text(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """The inputs with every string element as `str`; what a runtime for text would misread is refused."""
         arrays = list(inputs)
@@ -229,6 +319,14 @@ class Model:
                 array[:] = text
                 arrays[index] = array.reshape(arrays[index].shape)
         return tuple(arrays)
+
+
+def _cutting(cuts: tuple[Cut, ...], finish: Callable[[Answer], Any]) -> Callable[[Answer], Any]:
+    def cut(answer: Answer) -> Any:
+        answer.outputs = [output[index] for output, index in zip(answer.outputs, cuts, strict=True)]
+        return finish(answer)
+
+    return cut
 
 
 def _text(value: object, name: str, at: int) -> str:

@@ -51,9 +51,7 @@ _STATUS_NUMBERS = {
         "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
     ))
 }  # fmt: skip
-_SERVER_FAULTS = frozenset(
-    {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
-)
+_SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """Statuses that mark a server's span as failed, by OpenTelemetry's conventions; the rest are the caller's."""
 
 _TALKERS = (
@@ -172,9 +170,7 @@ class Otlp:
                 data = Gauge(numbers)
             case "histogram":
                 histograms = [
-                    self._histogram(point, now_ns)
-                    for point in family.points
-                    if isinstance(point, HistogramPoint)
+                    self._histogram(point, now_ns) for point in family.points if isinstance(point, HistogramPoint)
                 ]
                 data = HistogramData(histograms, AggregationTemporality.CUMULATIVE)
         return Metric(family.name, family.help, _unit(family.name), data)

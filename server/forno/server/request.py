@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
+    RowShapes = tuple[tuple[int, ...], ...]
 
 NEVER_US = 1 << 62
 """An expiry that never comes."""
@@ -46,10 +47,18 @@ class Request:
     arrived_us: int = 0  # monotonic
     expires_us: int = NEVER_US  # monotonic; the deadline or the queue timeout, whichever is sooner
     priority: int = 0  # higher first
+    urgent_us: int = 0  # monotonic; set by the batcher: requests of one priority run in this order
+    deadline_us: int = 0  # monotonic; when the answer is of no use, where that is not `expires_us`
+    shape_key: RowShapes | None = None  # requests of equal keys can share a run; None = of equal row shapes
 
     @property
-    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes without the row axis; requests of equal row shapes can share a batch."""
+    def answer_by_us(self) -> int:
+        """When the answer is of no use. A queue timeout ends the wait alone, and says nothing of that."""
+        return self.deadline_us or self.expires_us
+
+    @property
+    def row_shapes(self) -> RowShapes:
+        """Shapes without the row axis."""
         return tuple([array.shape[1:] for array in self.inputs])
 
 
@@ -59,4 +68,5 @@ class Batch:
 
     requests: list[Request]
     rows: int
-    closed_us: int = field(default=0)  # monotonic; when it left the queue
+    closed_us: int = 0  # monotonic; when it left the queue
+    tuner: Any = None  # the batcher's own: what learns from the run

@@ -14,11 +14,13 @@ from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
 from forno.server import banner, endpoints
+from forno.server.cache import CachedModel
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.registry import Registry
 from forno.server.servicers import tracing
-from forno.server.servicers.predictor import PredictorServicer
+from forno.server.servicers.hot import HotPredict
+from forno.server.servicers.predictor import PredictorServicer, clock_us
 from forno.server.servicers.rest import RestServicer
 from forno.server.telemetry import Telemetry
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2, rest_pb2_grpc
@@ -77,7 +79,8 @@ class Server:
         self.registry = Registry()
         for spec in specs:
             model_metrics = self.metrics.model(spec.name, spec.version)
-            model = Model(spec.name, spec.version, spec.path, spec.settings, model_metrics)
+            kind = CachedModel if spec.settings.cache.max_bytes else Model
+            model = kind(spec.name, spec.version, spec.path, spec.settings, model_metrics)
             self.registry.add(model)
             for label, version in spec.settings.labels.items():
                 if version == spec.version:
@@ -109,9 +112,7 @@ class Server:
                 self._address = f"{self._address.rpartition(':')[0]}:{port}"
             colour = sys.stdout.isatty()
             models, named = self.registry.models(), self._endpoints.values()
-            self._show(
-                banner.render(self._address, self._rest, models, named, colour, settings=self._config.endpoints)
-            )
+            self._show(banner.render(self._address, self._rest, models, named, colour, settings=self._config.endpoints))
             on_ready()
             await self._stop.wait()
         finally:
@@ -133,6 +134,9 @@ class Server:
             for model in self.registry.models():
                 tracing.watch_model(model)
         predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
+        add_hot_handler = getattr(host.grpc, "add_hot_handler", None)
+        if add_hot_handler and not telemetry:  # a traced call needs its metadata, and a task to carry its trace
+            add_hot_handler(f"/{SERVICE}/Predict", HotPredict(self.registry, clock_us))
         rest_pb2_grpc.add_RestServicer_to_server(rest, host.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
         names = (SERVICE, REST_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -164,4 +168,11 @@ class Server:
             yield "forno_pending_requests", labels, statistics.pending_requests
             yield "forno_pending_rows", labels, statistics.pending_rows
             yield "forno_running_rows", labels, statistics.running_rows
+            yield "forno_batch_rows_limit", labels, statistics.rows_cap
+            yield "forno_batch_delay_seconds", labels, statistics.delay_us / 1e6
+            yield "forno_run_expected_seconds", {**labels, "rows": "1"}, statistics.one_row_us / 1e6
+            yield "forno_run_expected_seconds", {**labels, "rows": "limit"}, statistics.cap_us / 1e6
+            if isinstance(model, CachedModel):
+                yield "forno_cache_bytes", labels, model.cache.kept_bytes
+                yield "forno_cache_entries", labels, len(model.cache)
             yield "forno_model_state", {**labels, "state": model.state.name.lower()}, 1.0

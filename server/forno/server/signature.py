@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from forno.server.shapes import Padding
+
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -38,6 +40,7 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     batched: bool  # axis 0 of every input and output counts independent rows
+    padding: Padding | None = None  # how rows of different shapes share a run; None = they do not
 
     @cached_property
     def inputs_by_name(self) -> dict[str, TensorSpec]:

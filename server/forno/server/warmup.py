@@ -36,7 +36,10 @@ _MOST_ELEMENTS = 1 << 22
 _WORDS = ("bread", "oven", "flour", "salt", "1", "0")
 _PROOF_ROWS = 3
 _TIMED_RUNS = 5
+_REPEATED_RUNS = 8  # a draw from a few values may come out the same by chance
 _TIMED_US = 50_000  # what takes so long is far from the event loop anyway
+_SAMPLING_US = 500_000  # longest search for the rows that run best; the rest is found out while serving
+_GAIN = 1.03  # more rows must raise the rate by so much, or the search ends after one more try
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class WarmUp:
     inline: bool  # whether runs are short enough for the event loop
     passed: bool  # whether a run has passed at all
     note: str  # what a person should know: why rows run alone, or that no run has passed; may be empty
+    samples: tuple[tuple[int, float], ...] = ()  # rows and microseconds of runs: how time grows with rows
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs that passed, one row where the model is batched
 
 
 def warm_up(engine: Engine[Any], batching: BatchingSettings, inline_below_us: int) -> WarmUp:
@@ -82,6 +87,23 @@ def warm_up(engine: Engine[Any], batching: BatchingSettings, inline_below_us: in
     return _measure(engine, inputs, batching.max_rows, inline_below_us, note)
 
 
+def unrepeatable(engine: Engine[Any]) -> str:
+    """Says how the answers of equal runs differ; empty where they do not, or where nothing made up passes. Blocks."""
+    inputs = _first_passing(engine)
+    if inputs is None:
+        return ""
+    outputs = engine.signature.outputs
+    started = time.perf_counter()
+    first = _run(engine, inputs, 1)
+    for run in range(1, _REPEATED_RUNS):
+        if run > 1 and (time.perf_counter() - started) * 1e6 > _TIMED_US:
+            break
+        for spec, one, other in zip(outputs, first, _run(engine, inputs, 1), strict=True):
+            if one.shape != other.shape or not alike(one, other):
+                return f"output '{spec.name}' differs when the same input runs again"
+    return ""
+
+
 def _prove_rows(engine: Engine[Any]) -> tuple[Arrays | None, str]:
     """Inputs of one row that passed, and why rows are not taken as independent; empty where they are."""
     signature = engine.signature
@@ -110,17 +132,20 @@ def _difference(spec: TensorSpec, parts: Sequence[Array], joint: Array) -> str:
             return f"output '{spec.name}' has shape {list(array.shape)} for {rows} rows: its axis 0 does not count them"
     if any(part.shape[1:] != joint.shape[1:] for part in parts):
         return f"output '{spec.name}' has another shape when rows run together"
-    apart = np.concatenate(parts)
-    if apart.dtype.kind not in "fV":  # V: bfloat16
-        same = np.array_equal(apart, joint)
-    else:
-        short = apart.dtype.itemsize == 2
-        tolerance = 3e-2 if short else 1e-3
-        one, other = apart.astype(np.float64), joint.astype(np.float64)
-        finite = one[np.isfinite(one)]
-        scale = float(np.abs(finite).max()) if finite.size else 1.0
-        same = np.allclose(one, other, rtol=tolerance, atol=tolerance * min(1.0, scale), equal_nan=True)
+    same = alike(np.concatenate(parts), joint)
     return "" if same else f"output '{spec.name}' depends on which rows run together"
+
+
+def alike(one: Array, other: Array) -> bool:
+    """Whether two arrays of one shape are the same but for rounding."""
+    if one.dtype.kind not in "fV":  # V: bfloat16
+        return np.array_equal(one, other)
+    short = one.dtype.itemsize == 2
+    tolerance = 3e-2 if short else 1e-3
+    wide, other_wide = one.astype(np.float64), other.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    scale = float(np.abs(finite).max()) if finite.size else 1.0
+    return np.allclose(wide, other_wide, rtol=tolerance, atol=tolerance * min(1.0, scale), equal_nan=True)
 
 
 def _first_passing(engine: Engine[Any]) -> Arrays | None:
@@ -131,31 +156,60 @@ def _first_passing(engine: Engine[Any]) -> Arrays | None:
 
 
 def _measure(engine: Engine[Any], inputs: Arrays, max_rows: int, inline_below_us: int, note: str) -> WarmUp:
-    """Times a run and tells the engine what came out."""
+    """Times runs and tells the engine what came out."""
     signature = engine.signature
     rows = max_rows if signature.batched else 1
-    full = tuple([np.repeat(array, rows, axis=0) for array in inputs]) if signature.batched else inputs
-    run_us = _time_us(engine, inputs, 1)
+    run_us = _median_us(_times_us(engine, inputs, 1))
     if rows > 1 and run_us < inline_below_us:
-        run_us = _time_us(engine, full, rows)
+        run_us = _median_us(_times_us(engine, _repeated(inputs, rows), rows))
     inline = run_us < inline_below_us
     if engine.settle(small=inline):
         _run(engine, inputs, 1)
-    return WarmUp(signature, run_us, inline, passed=True, note=note)
+    shapes = tuple([array.shape for array in inputs])
+    samples = _sample(engine, inputs, rows)
+    return WarmUp(signature, run_us, inline, passed=True, note=note, shapes=shapes, samples=samples)
 
 
-def _time_us(engine: Engine[Any], inputs: Arrays, rows: int) -> int:
-    """Median time of a few runs, copying into the slot included; of one where it is long."""
+def _sample(engine: Engine[Any], inputs: Arrays, max_rows: int) -> tuple[tuple[int, float], ...]:
+    """Times runs of 1, 2, 4... rows until more rows gain nothing, or too much time would go."""
+    samples: list[tuple[int, float]] = []
+    left_us, best_rate, misses = float(_SAMPLING_US), 0.0, 0
+    rows = 1
+    while misses < 2:  # one may be bad luck
+        began = time.perf_counter()
+        times_us = _times_us(engine, _repeated(inputs, rows), rows)
+        left_us -= (time.perf_counter() - began) * 1e6
+        kept_us = times_us[1:] or times_us
+        samples += [(rows, run_us) for run_us in kept_us]
+        rate = rows / max(statistics.median(kept_us), 1.0)
+        misses = 0 if rate > best_rate * _GAIN else misses + 1
+        best_rate = max(best_rate, rate)
+        if rows == max_rows or 4 * max(kept_us) > left_us:  # two runs of twice the rows
+            break
+        rows = min(rows * 2, max_rows)
+    return tuple(samples)
+
+
+def _repeated(inputs: Arrays, rows: int) -> Arrays:
+    return tuple([np.repeat(array, rows, axis=0) for array in inputs]) if rows > 1 else inputs
+
+
+def _median_us(times_us: list[float]) -> int:
+    return int(statistics.median(times_us[1:] or times_us))
+
+
+def _times_us(engine: Engine[Any], inputs: Arrays, rows: int) -> list[float]:
+    """Times of a few runs, copying into the slot included; of two where they are long."""
     slot = engine.new_slot(rows)
-    times: list[float] = []
-    for _ in range(1 + _TIMED_RUNS):
+    times_us: list[float] = []
+    while len(times_us) <= _TIMED_RUNS:
         started = time.perf_counter()
         slot.load([inputs], rows)
         engine.run(slot, rows)
-        times.append((time.perf_counter() - started) * 1e6)
-        if sum(times) > _TIMED_US:
+        times_us.append((time.perf_counter() - started) * 1e6)
+        if sum(times_us) > _TIMED_US and len(times_us) > 1:
             break
-    return int(statistics.median(times[1:] or times))
+    return times_us
 
 
 def _run(engine: Engine[Any], inputs: Arrays, rows: int) -> list[Array]:

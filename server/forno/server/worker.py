@@ -42,6 +42,9 @@ _SLOW_RUNS = 8
 _SLOW_FACTOR = 4
 _EXPIRY_GRAIN_US = 1_000
 """Requests whose time runs out while they wait are answered at most this much later, many in one go."""
+_LAG_RISE, _LAG_FALL = 2, 16
+"""How fast a longer and a shorter way back from the thread are believed: what is told to the batcher is seldom
+exceeded."""
 
 
 @dataclass(slots=True, eq=False)
@@ -186,6 +189,7 @@ class Worker:
             run = _Run(batch, self._free[0])
             self._execute(run, now_us)
             now_us = run.ended_us
+            self._learn(run)
             self._answer(run, now_us)
             if now_us - run.started_us <= self._slow_us:
                 self._slow_runs = 0
@@ -209,6 +213,7 @@ class Worker:
             run = _Run(batch, self._free.pop())
             self._runs.append(run)
             door.put(run)
+            self._expect(now_us)
         return now_us
 
     def _has_room(self) -> bool:
@@ -246,12 +251,29 @@ class Worker:
         """Receives a run from the thread."""
         self._runs.remove(run)
         if not self._closed:
+            now_us = self._clock_us()
             self._run_us = run.ended_us - run.started_us
+            self._learn(run)
+            self._notice_lag(now_us - run.ended_us)
+            self._expect(now_us)
             if self._door is not None:
                 self._hand_over(self._door)  # the engine first: it works on while answers are encoded
             self._answer(run, self._clock_us())
         self._free.append(run.slot)
         self._pump()
+
+    def _expect(self, now_us: int) -> None:
+        runs = self._runs
+        since_us = (runs[0].started_us or now_us) if runs else now_us
+        self._batcher.expect([run.batch for run in runs], since_us)
+
+    def _notice_lag(self, lag_us: int) -> None:
+        more_us = lag_us - self._batcher.lag_us
+        self._batcher.lag_us += more_us // (_LAG_RISE if more_us > 0 else _LAG_FALL)
+
+    def _learn(self, run: _Run) -> None:
+        if run.error is None:
+            self._batcher.ran(run.batch, run.ended_us - run.started_us, run.ended_us)
 
     def _answer(self, run: _Run, now_us: int) -> None:
         """Resolves the futures of a batch, lets its slot go, and counts it."""
@@ -279,6 +301,8 @@ class Worker:
                 except Exception as error:  # noqa: BLE001  (an encoder's fault is its own request's alone)
                     self._fail([request], "the answer could not be encoded", error)
         run.slot.release()
+        if run.slot.elements:
+            self._metrics.padding(run.slot.elements, run.slot.padded_elements)
         total_us = [now_us - request.arrived_us for request in requests]
         self._metrics.batch(queue_us, total_us, rows, compute_us, failed=run.error is not None)
 

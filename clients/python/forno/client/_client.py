@@ -126,9 +126,7 @@ class Client:
         response = self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout_s)
         return [model_of(model) for model in response.models]
 
-    def model(
-        self, name: str, *, version: str = "", label: str = "", timeout_s: float | None = None
-    ) -> ModelInfo:
+    def model(self, name: str, *, version: str = "", label: str = "", timeout_s: float | None = None) -> ModelInfo:
         """One model: its state, inputs and outputs.
 
         Raises:

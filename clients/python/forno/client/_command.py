@@ -48,18 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="the model's name")
     parser.add_argument("inputs", nargs="*", metavar="NAME=VALUE", help="an input by name; see below")
-    parser.add_argument(
-        "--endpoint", metavar="NAME", help="call this endpoint with JSON or @FILE, not a model"
-    )
+    parser.add_argument("--endpoint", metavar="NAME", help="call this endpoint with JSON or @FILE, not a model")
     parser.add_argument(
         "--address", default="127.0.0.1:8080", metavar="HOST:PORT", help="the server (default 127.0.0.1:8080)"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--version", default="", metavar="VERSION", help="the version that answers")
     which.add_argument("--label", default="", metavar="LABEL", help="the label whose version answers")
-    parser.add_argument(
-        "--output", action="append", default=[], metavar="NAME", help="an output wanted (all)"
-    )
+    parser.add_argument("--output", action="append", default=[], metavar="NAME", help="an output wanted (all)")
     parser.add_argument("--random", action="store_true", help="make up the inputs that are not given")
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="rows to make up (default 1)")
     parser.add_argument("--timeout-s", type=float, default=60.0, metavar="S", help="seconds to wait (60)")
@@ -85,9 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _predict(client: Client, arguments: argparse.Namespace) -> Iterable[str]:
     if not arguments.model:
-        raise InvalidArgument(
-            "no MODEL given; expected `forno predict MODEL NAME=VALUE...` or `--endpoint NAME`"
-        )
+        raise InvalidArgument("no MODEL given; expected `forno predict MODEL NAME=VALUE...` or `--endpoint NAME`")
     model = client.model(arguments.model, version=arguments.version, label=arguments.label)
     inputs = _inputs(model, arguments)
     prediction = client.predict(
@@ -99,9 +93,7 @@ def _predict(client: Client, arguments: argparse.Namespace) -> Iterable[str]:
 def _invoke(client: Client, arguments: argparse.Namespace) -> Iterable[str]:
     bodies = [body for body in (arguments.model, *arguments.inputs) if body]
     if len(bodies) != 1:
-        raise InvalidArgument(
-            f"{len(bodies)} bodies given; expected one: JSON, @FILE, or @- for standard input"
-        )
+        raise InvalidArgument(f"{len(bodies)} bodies given; expected one: JSON, @FILE, or @- for standard input")
     body = bodies[0]
     if body.startswith("@") and body != "@-":
         content_type = mimetypes.guess_type(body)[0] or "application/octet-stream"
@@ -172,9 +164,7 @@ def _prediction_text(prediction: Prediction) -> Iterable[str]:
     for name, array in prediction.outputs.items():
         shape = ", ".join(map(str, array.shape))
         kind = "string" if array.dtype == object else array.dtype.name
-        values = np.array2string(
-            array, threshold=_MOST_SHOWN, precision=6, suppress_small=True, separator=", "
-        )
+        values = np.array2string(array, threshold=_MOST_SHOWN, precision=6, suppress_small=True, separator=", ")
         yield f"{name}: {kind}[{shape}] = {values}"
 
 

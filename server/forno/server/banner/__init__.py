@@ -21,6 +21,7 @@ class Served(Protocol):
     name: str
     version: str
     signature: Signature
+    example_shapes: tuple[tuple[int, ...], ...]
     max_rows: int
     settings: ModelSettings
 
@@ -104,7 +105,10 @@ def _calls(
     if rest:
         for name, settings in endpoints.items():
             for model in [model for model in models if model.name == settings.model][:1]:
-                yield examples.of_endpoint(address, name, settings, model.signature)
-    every = [examples.of_model(address, model.name, model.signature, rest=rest) for model in models]
+                yield examples.of_endpoint(address, name, settings, model.signature, model.example_shapes)
+    every = [
+        examples.of_model(address, model.name, model.signature, rest=rest, shapes=model.example_shapes)
+        for model in models
+    ]
     best = min(every, key=lambda example: len(example.grpcurl))
     yield from (call for call in (best.curl, best.grpcurl, best.python) if call)

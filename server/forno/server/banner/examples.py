@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from forno.v1 import tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from forno.server.config import EndpointSettings
     from forno.server.signature import Signature, TensorSpec
 
@@ -55,7 +57,9 @@ class _Fill:
         return text
 
 
-def of_model(address: str, name: str, signature: Signature, *, rest: bool) -> Examples:
+def of_model(
+    address: str, name: str, signature: Signature, *, rest: bool, shapes: Sequence[tuple[int, ...]] = ()
+) -> Examples:
     """Calls of one model.
 
     Args:
@@ -63,8 +67,9 @@ def of_model(address: str, name: str, signature: Signature, *, rest: bool) -> Ex
         name: The model's name.
         signature: What it takes.
         rest: Whether REST is served.
+        shapes: Of one row of each input, known to pass; empty where none are.
     """
-    fills = _fills(signature)
+    fills = _fills(signature, shapes)
     long = _is_long(fills)
     message = {
         "model": name,
@@ -85,7 +90,9 @@ def of_model(address: str, name: str, signature: Signature, *, rest: bool) -> Ex
     )
 
 
-def of_endpoint(address: str, name: str, settings: EndpointSettings, signature: Signature) -> str:
+def of_endpoint(
+    address: str, name: str, settings: EndpointSettings, signature: Signature, shapes: Sequence[tuple[int, ...]] = ()
+) -> str:
     """A call with curl of an endpoint, in the form that its input codec reads."""
     match settings.input.get("codec", "tensors"):
         case "text":
@@ -94,7 +101,7 @@ def of_endpoint(address: str, name: str, settings: EndpointSettings, signature: 
             url = shlex.quote(f"http://{address}/v1/{name}")
             return f"curl -s {url} -H 'content-type: image/png' --data-binary @image.png"
         case _:
-            fills = _fills(signature)
+            fills = _fills(signature, shapes)
             return _curl(address, name, _rest(signature, fills), long=_is_long(fills))
 
 
@@ -104,13 +111,12 @@ def reachable(address: str) -> str:
     return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"  # noqa: S104
 
 
-def _fills(signature: Signature) -> dict[str, _Fill]:
-    """One row for each input; a dimension of any size is 1."""
+def _fills(signature: Signature, shapes: Sequence[tuple[int, ...]]) -> dict[str, _Fill]:
+    """One row for each input; a dimension of any size is 1 where no shape is known to pass."""
+    ones = [tuple(1 if size < 0 else size for size in spec.shape) for spec in signature.inputs]
     return {
-        spec.name: _Fill(
-            _ELEMENTS.get(spec.dtype.kind, 0.0), tuple(1 if size < 0 else size for size in spec.shape)
-        )
-        for spec in signature.inputs
+        spec.name: _Fill(_ELEMENTS.get(spec.dtype.kind, 0.0), shape)
+        for spec, shape in zip(signature.inputs, shapes or ones, strict=True)
     }
 
 

@@ -66,9 +66,7 @@ async def _check(config: Config, specs: Sequence[ModelSpec]) -> int:
     findings: list[_Finding] = []
     failures: list[str] = []
     for spec in specs:
-        model = Model(
-            spec.name, spec.version, spec.path, spec.settings, metrics.model(spec.name, spec.version)
-        )
+        model = Model(spec.name, spec.version, spec.path, spec.settings, metrics.model(spec.name, spec.version))
         registry.add(model)
         try:
             await model.load()

@@ -159,7 +159,9 @@ def check_name(name: str) -> None:
         raise ConfigError(f"endpoints.{name}: names that begin with '{parts[0]}' belong to the server itself")
 
 
-async def call(model: Model, arrays: Mapping[str, Array], *, expires_us: int = NEVER_US, priority: int = 0) -> Answer:
+async def call(
+    model: Model, arrays: Mapping[str, Array], *, expires_us: int = NEVER_US, priority: int = 0, deadline_us: int = 0
+) -> Answer:
     """Runs a model on named arrays; cancelling it cancels the request.
 
     Returns:
@@ -171,7 +173,9 @@ async def call(model: Model, arrays: Mapping[str, Array], *, expires_us: int = N
     ordered = model.signature.arrange(arrays)
     rows = model.signature.validate(ordered)
     future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-    model.submit(Request(ordered, rows, _own, future, expires_us=expires_us, priority=priority))
+    model.submit(
+        Request(ordered, rows, _own, future, expires_us=expires_us, priority=priority, deadline_us=deadline_us)
+    )
     return await future
 
 

@@ -37,10 +37,12 @@ class NullEngine:
             known = ", ".join(row.name for row in tensors.TABLE)
             raise ConfigError(f"null.data_type is '{settings.data_type}', expected one of {known}") from None
         shape = settings.shape
+        names = tuple([f"size{axis}" if size < 0 else "" for axis, size in enumerate(shape)])
         self._delay_s = settings.delay_us / 1e6
+        self._row_delay_s = settings.row_delay_us / 1e6
         self.signature = Signature(
-            inputs=(TensorSpec("x", dtype, shape),),
-            outputs=(TensorSpec("y", dtype, shape),),
+            inputs=(TensorSpec("x", dtype, shape, names),),
+            outputs=(TensorSpec("y", dtype, shape, names),),
             batched=bool(shape) and shape[0] == -1,
         )
 
@@ -50,9 +52,10 @@ class NullEngine:
 
     def run(self, slot: HostSlot, rows: int) -> Sequence[Array]:
         """Waits, and hands the input back."""
-        if self._delay_s:
-            time.sleep(self._delay_s)
-        return slot.inputs
+        delay_s = self._delay_s + self._row_delay_s * rows
+        if delay_s:
+            time.sleep(delay_s)
+        return slot.own_rows(slot.inputs)
 
     def settle(self, *, small: bool) -> bool:
         """Has nothing to arrange."""

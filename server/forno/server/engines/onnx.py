@@ -64,7 +64,7 @@ class OnnxSlot(HostSlot):
     def __init__(self, signature: Signature, max_rows: int) -> None:
         super().__init__(signature, max_rows)
         self.bindings: dict[int, _Binding] = {}
-        outputs = HostSlot(Signature(signature.outputs, (), signature.batched), max_rows).places
+        outputs = HostSlot(Signature(signature.outputs, (), signature.batched, signature.padding), max_rows).places
         places = [place for place in (*self.places, *outputs) if place is not None and place.size]
         self.bindable = len(places) == len(self.places) + len(outputs)
         self.outputs: list[Array] = [place for place in outputs if place is not None] if self.bindable else []
@@ -103,7 +103,7 @@ class OnnxEngine:
     def run(self, slot: OnnxSlot, rows: int) -> Sequence[Array]:
         """Runs what the slot holds."""
         if not slot.fixed or not slot.bindable or self._binds is False:
-            return self._run_by_name(slot.inputs)
+            return slot.own_rows(self._run_by_name(slot.inputs))
         binding = slot.bindings.get(rows)
         if binding is None:
             if self._binds is None:
@@ -112,7 +112,7 @@ class OnnxEngine:
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
-            outputs = self._run_by_name(slot.inputs)  # raises too, unless it was the binding that failed
+            outputs = slot.own_rows(self._run_by_name(slot.inputs))  # raises too, unless it was the binding that failed
             log.warning("%s: its runs are bound no longer: %s", self._path, _reason(error))
             self._binds = False
             return outputs
@@ -156,7 +156,7 @@ class OnnxEngine:
 
     def _prove_binding(self, slot: OnnxSlot, rows: int) -> Sequence[Array]:
         """The first run of fixed shapes: by name and bound; bindings are used only if both gave the same."""
-        plain = self._run_by_name(slot.inputs)
+        plain = slot.own_rows(self._run_by_name(slot.inputs))
         try:
             for place in slot.outputs:
                 place.reshape(-1).view(np.uint8)[:] = _UNTOUCHED
@@ -173,14 +173,15 @@ class OnnxEngine:
     def _bind(self, slot: OnnxSlot, rows: int) -> _Binding:
         io = self._session.io_binding()
         batched = self.signature.batched
-        outputs = tuple([place[:rows] if batched else place for place in slot.outputs])
+        run_rows = slot.inputs[0].shape[0] if batched else rows
+        outputs = [place[:run_rows] if batched else place for place in slot.outputs]
         for name, array in zip(self._input_names, slot.inputs, strict=True):
             io.bind_input(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
         for name, array in zip(self._output_names, outputs, strict=True):
             io.bind_output(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
         if len(slot.bindings) >= _MOST_BINDINGS:
             slot.bindings.clear()
-        binding = slot.bindings[rows] = _Binding(io, outputs)
+        binding = slot.bindings[rows] = _Binding(io, tuple(slot.own_rows(outputs)))
         return binding
 
 

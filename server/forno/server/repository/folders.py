@@ -63,9 +63,7 @@ def check_name(name: str, place: Path | str, what: str = "model") -> str:
         ConfigError: It has other characters.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{place}: {what} name {name!r} has other characters than letters, digits, '.', '_' and '-'"
-        )
+        raise ConfigError(f"{place}: {what} name {name!r} has other characters than letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -165,9 +163,7 @@ def _name_of_file(file: Path) -> str:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    return sorted(
-        child for child in _visible(folder) if child.suffix.lower() in MODEL_SUFFIXES and not child.is_dir()
-    )
+    return sorted(child for child in _visible(folder) if child.suffix.lower() in MODEL_SUFFIXES and not child.is_dir())
 
 
 def _folders(folder: Path) -> list[Path]:

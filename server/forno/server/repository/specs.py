@@ -50,9 +50,7 @@ def find(paths: Sequence[Path], config: Config) -> list[ModelSpec]:
         _add(found, model)
         specs += _versions(model, _settings(model, settings))
     if not specs:
-        raise ConfigError(
-            f"nothing to serve; expected a PATH to {LAYOUT}, to a folder of such, or to a forno.yaml"
-        )
+        raise ConfigError(f"nothing to serve; expected a PATH to {LAYOUT}, to a folder of such, or to a forno.yaml")
     _check_endpoints(config, specs)
     return specs
 
@@ -136,6 +134,5 @@ def _check_endpoints(config: Config, specs: Sequence[ModelSpec]) -> None:
         labels = [*served[0].settings.labels]
         if endpoint.label and endpoint.label not in labels:
             raise ConfigError(
-                f"{place}.label: model {endpoint.model!r} has no label {endpoint.label!r}; "
-                f"there are {listed(labels)}"
+                f"{place}.label: model {endpoint.model!r} has no label {endpoint.label!r}; there are {listed(labels)}"
             )

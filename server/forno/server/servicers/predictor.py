@@ -135,7 +135,8 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
         ordered = signature.arrange(arrays)
         rows = signature.validate(ordered)
         wanted = signature.output_indexes(request.outputs)
-        expires_us, priority = self._expiry_us(remaining_s), 0
+        deadline_us = expires_us = self._expiry_us(remaining_s)
+        priority = 0
         if request.HasField("parameters"):
             expires_us, priority = self._parameters(request.parameters, expires_us)
         request_id = request.request_id
@@ -144,7 +145,9 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
             return encode_answer(model, answer, wanted, request_id)
 
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        model.submit(Request(ordered, rows, finish, future, expires_us=expires_us, priority=priority))
+        model.submit(
+            Request(ordered, rows, finish, future, expires_us=expires_us, priority=priority, deadline_us=deadline_us)
+        )
         return future
 
     def _expiry_us(self, remaining_s: float | None) -> int:

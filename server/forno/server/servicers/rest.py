@@ -128,9 +128,10 @@ class RestServicer(rest_pb2_grpc.RestServicer):
                 "or application/octet-stream with the raw bytes of a model's only input",
                 "content-type",
             )
+        deadline_us = expires_us
         if body.queue_timeout_us is not None:
             expires_us = min(expires_us, self._clock_us() + body.queue_timeout_us)
-        answer = await call(model, arrays, expires_us=expires_us, priority=body.priority)
+        answer = await call(model, arrays, expires_us=expires_us, priority=body.priority, deadline_us=deadline_us)
         value = json_outputs.document(
             body,
             answer,

@@ -41,7 +41,7 @@ TABLE: dict[type, Outcome] = {
     errors.EngineFailed: Outcome(grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
 }
 _UNEXPECTED = Outcome(grpc.StatusCode.INTERNAL, "UNEXPECTED")
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 DOMAIN = "forno"
 """Domain of the reasons, in google.rpc.ErrorInfo."""
@@ -107,7 +107,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
         raise error
     status = to_status(error)
     context.set_trailing_metadata(trailing_metadata(error, status))
-    await context.abort(_CODES[status.code], status.message)
+    await context.abort(CODES[status.code], status.message)
     raise AssertionError("abort returned")  # it never does; this tells the type checker
 
 

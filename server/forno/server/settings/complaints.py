@@ -57,9 +57,7 @@ def _reach(settings: type[Settings], loc: tuple[int | str, ...]) -> tuple[tuple[
     return tuple(path), annotation, metadata
 
 
-def _text(
-    details: ErrorDetails, settings: type[Settings], path: tuple[str, ...], seen: Any, expected: str
-) -> str:
+def _text(details: ErrorDetails, settings: type[Settings], path: tuple[str, ...], seen: Any, expected: str) -> str:
     name = ".".join(path)
     match details["type"]:
         case "extra_forbidden":

@@ -54,9 +54,7 @@ def load_model(file: Path, override: ModelSettings | None = None) -> ModelSettin
     """
     values, places = _read(file)
     if values.get("path") is not None:
-        raise ConfigError(
-            f"{places.get(('path',), file)}: path is not for a {file.name}: the model lies beside it"
-        )
+        raise ConfigError(f"{places.get(('path',), file)}: path is not for a {file.name}: the model lies beside it")
     settings = _make(ModelSettings, values, places, str(file))
     if override is None:
         return settings
@@ -72,9 +70,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     return document.values, document.places
 
 
-def _make(
-    settings: type[Tree], values: dict[str, Any], places: Mapping[tuple[str, ...], str], source: str
-) -> Tree:
+def _make(settings: type[Tree], values: dict[str, Any], places: Mapping[tuple[str, ...], str], source: str) -> Tree:
     cleaned = _cleaned(values, settings)
     try:
         return settings.model_validate(cleaned)
@@ -111,9 +107,7 @@ def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
             inner = values[key] = {}
         values = inner
     below = values.get(path[-1])
-    values[path[-1]] = (
-        _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    )
+    values[path[-1]] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
 
 
 def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

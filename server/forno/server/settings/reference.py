@@ -29,9 +29,7 @@ def entries() -> list[Entry]:
     return [*_section(config.Config, "", _documentation())]
 
 
-def _section(
-    settings: type[config.Settings], prefix: str, texts: dict[str, dict[str, str]]
-) -> Iterator[Entry]:
+def _section(settings: type[config.Settings], prefix: str, texts: dict[str, dict[str, str]]) -> Iterator[Entry]:
     for key, field in settings.model_fields.items():
         held = shape.entries(field.annotation)
         inner = shape.section(field.annotation) or shape.section(held)
@@ -40,9 +38,7 @@ def _section(
             yield from _section(inner, f"{path}." if held is None else f"{path}.NAME.", texts)
             continue
         default = "required" if field.is_required() else _yaml(field.default)
-        yield Entry(
-            path, shape.expected(field.annotation, field.metadata), default, texts[settings.__name__][key]
-        )
+        yield Entry(path, shape.expected(field.annotation, field.metadata), default, texts[settings.__name__][key])
 
 
 def _yaml(value: Any) -> str:
@@ -67,8 +63,6 @@ def _documentation() -> dict[str, dict[str, str]]:
             fields = texts.setdefault(node.name, {})
             for field, text in zip(node.body, node.body[1:], strict=False):
                 match field, text:
-                    case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(
-                        value=ast.Constant(value=str(words))
-                    ):
+                    case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(words))):
                         fields[key] = " ".join(words.split())
     return texts

@@ -19,9 +19,11 @@ class Slot(Protocol):
     """
 
     inputs: Sequence[Array]  # what the engine reads, in the signature's order; valid from `load` to `release`
+    elements: int  # that `load` prepared to run, where the signature has padding; otherwise 0
+    padded_elements: int  # of those, the ones that no request has
 
     def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
-        """Brings the inputs of each request, all of equal row shapes, to their places: the one host copy."""
+        """Brings the inputs of each request to their places: the one host copy. Row shapes are equal, or padded."""
 
     def release(self) -> None:
         """Lets go of everything that belongs to the requests."""

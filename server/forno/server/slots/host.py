@@ -12,6 +12,7 @@ from forno.v1.tensors import OBJECT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from forno.server.shapes import Padding
     from forno.server.signature import Signature, TensorSpec
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -27,14 +28,24 @@ class HostSlot:
     seen; strings are Python objects and need none. A lone request is not copied where that saves something: the
     engine then reads the request's own arrays, if they are aligned and contiguous.
 
+    With padding, `inputs` can have more rows than were asked for (the last one repeated), and the rows more elements
+    than their request has.
+
     Args:
-        signature: Its inputs; `batched` says whether axis 0 counts rows.
+        signature: Its inputs; `batched` says whether axis 0 counts rows, `padding` what is filled up.
         max_rows: Most rows of a batch.
     """
 
     def __init__(self, signature: Signature, max_rows: int) -> None:
         self.inputs: list[Array] = []
+        self.elements = 0  # that run, where there is padding
+        self.padded_elements = 0  # of those, the ones that no request has
         self.fixed = False  # whether `inputs` are the leading rows of `places`
+        self._padding = signature.padding if signature.batched else None
+        self._rows = max_rows  # of the requests that are loaded
+        self._run_rows = max_rows  # of `inputs`
+        if self._padding is not None:
+            max_rows = self._padding.rows_for(max_rows)
         self.places = [_place(spec, signature.batched, max_rows) for spec in signature.inputs]
         self._all_fixed = all(place is not None for place in self.places)
         self._batched = signature.batched
@@ -43,7 +54,9 @@ class HostSlot:
 
     def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
         """Brings the inputs of each request to their places."""
-        if len(requests) > 1:
+        if self._padding is not None:
+            self._load_padded(self._padding, requests, rows)
+        elif len(requests) > 1:
             self.fixed = self._all_fixed
             self.inputs = [self._joined(index, parts, rows) for index, parts in enumerate(zip(*requests, strict=True))]
         elif self._all_fixed and self._row_bytes * rows < BORROW_FROM_BYTES:
@@ -56,6 +69,52 @@ class HostSlot:
     def release(self) -> None:
         """Lets go of everything that belongs to the requests."""
         self.inputs = []
+
+    def own_rows(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        """Outputs without the rows that were added."""
+        if self._rows == self._run_rows:
+            return arrays
+        return [array[: self._rows] if array.ndim and array.shape[0] == self._run_rows else array for array in arrays]
+
+    def _load_padded(self, padding: Padding, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
+        run_rows = padding.rows_for(rows)
+        self._rows, self._run_rows = rows, run_rows
+        self.fixed = self._all_fixed
+        self.inputs = []
+        self.elements = self.padded_elements = 0
+        for index, parts in enumerate(zip(*requests, strict=True)):
+            shapes = [part.shape[1:] for part in parts]
+            shape = padding.run_shape(index, shapes)
+            padded = shapes.count(shape) < len(shapes)
+            if padded or run_rows > rows:
+                array = self._filled(index, parts, (run_rows, *shape), padding.inputs[index].value if padded else None)
+            elif len(parts) > 1:
+                array = self._joined(index, parts, rows)
+            else:
+                array = self._copied(index, parts[0]) if self.fixed else self._readable(index, parts[0])
+            self.inputs.append(array)
+            self.elements += array.size
+            self.padded_elements += array.size - sum([part.size for part in parts])
+
+    def _filled(self, index: int, parts: tuple[Array, ...], shape: tuple[int, ...], value: Any) -> Array:
+        """The parts one after another, each row filled up with `value`, then the last row again."""
+        dtype = parts[0].dtype
+        array = np.empty(shape, object) if dtype == OBJECT else self._room(index, shape, dtype)
+        if value is not None:
+            array[: self._rows] = value
+        start = 0
+        if len(shape) == 2:  # the usual case, tokens, goes without the general one's slices
+            for part in parts:
+                rows, size = part.shape
+                array[start : start + rows, :size] = part
+                start += rows
+        else:
+            for part in parts:
+                end = start + part.shape[0]
+                array[(slice(start, end), *map(slice, part.shape[1:]))] = part
+                start = end
+        array[start:] = array[start - 1]
+        return array
 
     def _joined(self, index: int, parts: tuple[Array, ...], rows: int) -> Array:
         """The parts one after another: [rows, *row shape]."""

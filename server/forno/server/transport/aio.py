@@ -60,7 +60,7 @@ class AioHost:
         await self.grpc.stop(grace_s)
 
 
-class _CountCalls(grpc.aio.ServerInterceptor):
+class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Counts calls by method and status."""
 
     def __init__(self, count_rpcs: CountRpcs) -> None:
@@ -69,7 +69,7 @@ class _CountCalls(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         path = handler_call_details.method
@@ -94,7 +94,9 @@ class _CountCalls(grpc.aio.ServerInterceptor):
         else:
             behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
             make = (
-                grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
             )
 
         async def call(request: Any, context: Any) -> Any:
@@ -118,7 +120,7 @@ class _CountCalls(grpc.aio.ServerInterceptor):
             finally:
                 self._count_rpcs(path, name or _status_name(context), 1)
 
-        return make(  # type: ignore[operator]
+        return make(
             generate if inspect.isasyncgenfunction(behavior) else call,
             handler.request_deserializer,
             handler.response_serializer,

@@ -118,6 +118,8 @@ def _connection_manager(listener: Listener, end: ModuleEnd | RouterEnd) -> dict[
             "max_concurrent_streams": 10_000,
             "initial_stream_window_size": 1024 * 1024,
             "initial_connection_window_size": 16 * 1024 * 1024,
+            # Streams of small messages to a client that falls behind; what waits is bounded in bytes, see above.
+            "max_outbound_frames": 10_000_000,
         },
         "early_header_mutation_extensions": [
             {
@@ -235,11 +237,7 @@ def _local_replies() -> dict[str, Any]:
     grpc_call = {
         "and_filter": {
             "filters": [
-                {
-                    "header_filter": {
-                        "header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
-                    }
-                },
+                {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}},
                 {
                     "header_filter": {
                         "header": {"name": "x-envoy-original-path", "present_match": True, "invert_match": True}
@@ -257,7 +255,7 @@ def _local_replies() -> dict[str, Any]:
     for status, code in _CODES.items():
         body = {"json_format": {"code": code, "message": "%LOCAL_REPLY_BODY%", "details": []}}
         mapper: dict[str, Any] = {"filter": status_is(status), "body_format_override": body}
-        if status == 408:  # noqa: PLR2004  (the deadline has passed: what gRPC's DEADLINE_EXCEEDED maps onto)
+        if status == 408:
             mapper["status_code"] = 504
         mappers.append(mapper)
     return {

@@ -6,6 +6,16 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
+
+Layout = tuple[int, int, int, int]
+"""Field numbers that tell the module how to split requests (native/split.h)."""
+
+NO_LAYOUT: Layout = (0, 0, 0, 0)
+"""Requests are not split."""
+
+Split = tuple[bytes, tuple[int, ...], bytes]
+"""Key, spans and request id of a split request."""
 
 
 class Call(Protocol):
@@ -17,12 +27,30 @@ class Call(Protocol):
     gone: bool
     pending_bytes: int
 
-    def metadata(self) -> tuple[tuple[str, str], ...]: ...
-    def send_headers(self, pairs: Sequence[tuple[str, str]], /) -> None: ...
-    def send_message(self, data: bytes, compressed: bool = False, /) -> None: ...
-    def send_status(self, code: int, message: str, trailers: Sequence[tuple[str, str]], /) -> None: ...
-    def consumed(self, count: int, /) -> None: ...
-    def notify_writable(self) -> bool: ...
+    def metadata(self) -> Sequence[tuple[str, str]]:
+        """The caller's headers, without those of the transport."""
+
+    def reply(self, parts: Sequence[Any], /) -> bool:
+        """Answers a unary call with success; False, and nothing sent, where the message would be too large."""
+
+    def send_headers(self, pairs: Sequence[tuple[str, str]], /) -> None:
+        """Sends initial metadata."""
+
+    def send_message(self, data: bytes, compressed: bool = False, /) -> None:
+        """Sends one message."""
+
+    def send_status(self, code: int, message: str, trailers: Sequence[tuple[str, str]], /) -> None:
+        """Ends the call; the message is percent-encoded."""
+
+    def consumed(self, count: int, /) -> None:
+        """Says that so many bytes of the request stream have been used up."""
+
+    def notify_writable(self) -> bool:
+        """Whether a WRITABLE event will come; False where all that was sent has left."""
+
+
+Event = tuple[int, Call, bytes | None, bool, Split | None]
+"""Kind, call, message, whether it is compressed, and how it is split."""
 
 
 class Native(Protocol):
@@ -35,6 +63,8 @@ class Native(Protocol):
     WRITABLE: int
     STOP: int
 
-    def serve(self, methods: list[tuple[str, bool]], max_message_bytes: int, max_inbox_bytes: int, /) -> int: ...
-    def take(self) -> list[tuple[int, Call, bytes | None, int]]: ...
-    def reply(self, replies: list[tuple[Call, bytes]], /) -> None: ...
+    def serve(self, methods: list[tuple[str, bool, Layout]], max_message_bytes: int, max_inbox_bytes: int, /) -> int:
+        """Opens the doors; the descriptor that is readable when events wait."""
+
+    def take(self) -> list[Event]:
+        """All events that wait."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("forno.transport")
 
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
+
 HIGH_WATER_BYTES = 1 << 20
 """A writer waits once so much of what it wrote has not left for the client."""
 
@@ -28,6 +30,16 @@ MESSAGES_A_TURN = 64
 """How many messages of one call are read or written before other calls get a turn."""
 
 _PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+def encode_details(text: str) -> str:
+    """A status' message as `grpc-message` carries it: percent-encoded (gRPC over HTTP/2, "Status-Message")."""
+    return quote(text, safe=_PRINTABLE, errors="replace")
+
+
+def too_large(size_bytes: int) -> str:
+    """What a caller is told of a response over the message limit."""
+    return f"the response has {size_bytes} bytes, the limit is {compression.limit_bytes()} (server.max_message_bytes)"
 
 
 class Aborted(grpc.aio.AbortError):
@@ -57,7 +69,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._waiter: asyncio.Future[None] | None = None
         self._writers: list[asyncio.Future[None]] = []
         self._turn = 0
-        self._metadata: tuple[tuple[str, str], ...] | None = None
+        self._metadata: Sequence[tuple[str, str]] | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._cancelled = False
         self._done = False
@@ -93,7 +105,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """
         chosen = code or self._code or grpc.StatusCode.OK
         text = self._details if details is None else details
-        self._call.send_status(chosen.value[0], quote(text, safe=_PRINTABLE, errors="replace"), self._trailing_fields)
+        self._call.send_status(chosen.value[0], encode_details(text), self._trailing_fields)
         self.close()
         return str(chosen.name)
 
@@ -137,7 +149,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """The next request of the stream, or `grpc.aio.EOF`."""
         while not self._inbox:
             if self._half_closed:
-                return grpc.aio.EOF
+                return EOF
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -202,10 +214,8 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         Raises:
             Aborted: It is.
         """
-        limit_bytes = compression.limit_bytes()
-        if len(data) > limit_bytes:
-            text = f"the response has {len(data)} bytes, the limit is {limit_bytes} (server.max_message_bytes)"
-            raise self._refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        if len(data) > compression.limit_bytes():
+            raise self._refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, too_large(len(data)))
 
     async def send_initial_metadata(self, initial_metadata: Iterable[MetadataPair]) -> None:
         """Sends the response headers; at most once, before the first message."""
@@ -282,16 +292,16 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Always empty."""
         return {}
 
-    def time_remaining(self) -> float | None:
+    def time_remaining(self) -> float | None:  # type: ignore[override]  # the stubs forget calls without a deadline
         """Seconds until the deadline, or None without one."""
         deadline_us = self._call.deadline_us
         return None if deadline_us < 0 else max(0.0, deadline_us / 1e6 - time.monotonic())
 
-    def trailing_metadata(self) -> Sequence[MetadataPair]:
+    def trailing_metadata(self) -> Sequence[MetadataPair]:  # type: ignore[override]  # as grpc.aio itself does
         """What has been set to travel with the status."""
         return self._trailing
 
-    def code(self) -> grpc.StatusCode | None:
+    def code(self) -> grpc.StatusCode | None:  # type: ignore[override]  # none has been set at first
         """The status set so far."""
         return self._code
 
@@ -326,7 +336,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _raw_metadata(self) -> tuple[tuple[str, str], ...]:
+    def _raw_metadata(self) -> Sequence[tuple[str, str]]:
         if self._metadata is None:
             self._metadata = self._call.metadata()
         return self._metadata
@@ -343,7 +353,7 @@ class _Requests:
 
     async def __anext__(self) -> Any:
         request = await self._context.read()
-        if request is grpc.aio.EOF:
+        if request is EOF:
             raise StopAsyncIteration
         return request
 

@@ -46,7 +46,7 @@ def _value(key: str, value: str | bytes) -> str:
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     if not _VALUE.fullmatch(text):
         raise ValueError(
-            f"the metadata value {text!r} of {key!r} has other characters than printable ASCII; use a key that ends in -bin"
+            f"the metadata value {text!r} of {key!r} is not printable ASCII; give bytes under a key that ends in -bin"
         )
     return text
 

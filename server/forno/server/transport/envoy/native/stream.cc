@@ -9,8 +9,7 @@
 
 namespace {
 
-constexpr size_t kPrefixBytes = 5;
-constexpr int kResourceExhausted = 8, kUnimplemented = 12, kInternal = 13, kUnavailable = 14;
+constexpr size_t kJoinedBytes = 16384;  // HTTP/2's usual frame
 
 int64_t now_us() {
   timespec t;
@@ -18,58 +17,7 @@ int64_t now_us() {
   return int64_t{t.tv_sec} * 1000000 + t.tv_nsec / 1000;
 }
 
-// "grpc-timeout": up to eight digits and a unit (gRPC over HTTP/2). -1 where it is not one.
-int64_t timeout_us(std::string_view text) {
-  if (text.size() < 2 || text.size() > 9) return -1;
-  int64_t value = 0;
-  for (char c : text.substr(0, text.size() - 1)) {
-    if (c < '0' || c > '9') return -1;
-    value = value * 10 + (c - '0');
-  }
-  switch (text.back()) {
-    case 'H': return value * 3600000000;
-    case 'M': return value * 60000000;
-    case 'S': return value * 1000000;
-    case 'm': return value * 1000;
-    case 'u': return value;
-    case 'n': return (value + 999) / 1000;
-    default: return -1;
-  }
-}
-
-uint32_t big_endian(const char* at) {
-  uint32_t value;
-  std::memcpy(&value, at, 4);
-  return __builtin_bswap32(value);
-}
-
-}  // namespace
-
-std::string frame_message(const char* data, size_t size, bool compressed) {
-  std::string out;
-  out.reserve(kPrefixBytes + size);
-  const uint32_t length = __builtin_bswap32(static_cast<uint32_t>(size));
-  out.push_back(compressed ? 1 : 0);
-  out.append(reinterpret_cast<const char*>(&length), 4);
-  out.append(data, size);
-  return out;
-}
-
-namespace {
-
 Header header(std::string_view key, std::string_view value) { return {key.data(), key.size(), value.data(), value.size()}; }
-
-bool is_grpc_type(std::string_view content_type) {
-  constexpr std::string_view kGrpc = "application/grpc";
-  if (content_type.substr(0, kGrpc.size()) != kGrpc) return false;
-  return content_type.size() == kGrpc.size() || content_type[kGrpc.size()] == '+' || content_type[kGrpc.size()] == ';';
-}
-
-// Headers that belong to the transport, not to the application's metadata.
-bool is_transport_header(std::string_view key) {
-  return key.empty() || key[0] == ':' || key == "te" || key == "content-type" || key == "grpc-timeout" ||
-         key == "content-length" || key == "host";
-}
 
 }  // namespace
 
@@ -100,11 +48,12 @@ Stream::~Stream() {
 }
 
 void Stream::on_headers(void* filter, const Methods* methods, bool end) {
-  std::vector<Header> headers(envoy_dynamic_module_callback_http_get_headers_size(filter, kRequestHeaders));
+  thread_local std::vector<Header> headers;
+  headers.resize(envoy_dynamic_module_callback_http_get_headers_size(filter, kRequestHeaders));
   envoy_dynamic_module_callback_http_get_headers(filter, kRequestHeaders, headers.data());
   bool is_grpc = false;
   std::string_view http_method, bad_timeout;
-  metadata.reserve(headers.size());
+  metadata.reserve(512);
   for (const Header& h : headers) {
     const std::string_view key(h.key, h.key_size), value(h.value, h.value_size);
     if (key == ":path") {
@@ -118,7 +67,10 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
       if (timeout < 0) bad_timeout = value;
       if (timeout >= 0) deadline_us = now_us() + timeout;
     }
-    if (!is_transport_header(key)) metadata.emplace_back(key, value);
+    if (!is_transport_header(key)) {
+      metadata.append(key).push_back('\0');
+      metadata.append(value).push_back('\0');
+    }
   }
   if (!is_grpc) {
     // Nothing that the transcoder knows as REST, and no gRPC either. The body's form is local_reply_config's business.
@@ -138,8 +90,8 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   methods_ = methods;
   const auto found = methods->by_path.find(path);
   if (found == methods->by_path.end()) return refuse(filter, kUnimplemented, "no such method: " + path);
-  method = found->second.number;
-  request_streaming_ = found->second.request_streaming;
+  method_ = &found->second;
+  method = method_->number;
   Buffer address{nullptr, 0};
   if (envoy_dynamic_module_callback_http_filter_get_attribute_string(filter, kSourceAddress, &address)) {
     peer.assign(address.data, address.size);
@@ -148,7 +100,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     std::lock_guard<std::mutex> lock(mutex_);
     scheduler_ = envoy_dynamic_module_callback_http_filter_scheduler_new(filter);
   }
-  if (request_streaming_) {
+  if (method_->request_streaming) {
     announced_ = true;
     inbox_.push({EventKind::kCall, shared_from_this(), {}});
   }
@@ -157,7 +109,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
 
 int Stream::on_body(void* filter, bool end) {
   if (refused_ || request_ended_) return kStopBodyNoBuffer;
-  if (request_streaming_) {
+  if (method_->request_streaming) {
     bool full;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -177,6 +129,7 @@ int Stream::on_body(void* filter, bool end) {
 }
 
 void Stream::take_body(void* filter, int type) {
+  if (type == kBufferedRequestBody) left_in_envoy_ = false;
   const size_t count = envoy_dynamic_module_callback_http_get_body_chunks_size(filter, type);
   if (!count) return;
   std::vector<Buffer> chunks(count);
@@ -186,10 +139,7 @@ void Stream::take_body(void* filter, int type) {
     append_body(chunk);
     total += chunk.size;
   }
-  if (type == kBufferedRequestBody) {
-    left_in_envoy_ = false;
-    envoy_dynamic_module_callback_http_drain_body(filter, type, total);
-  }
+  if (type == kBufferedRequestBody) envoy_dynamic_module_callback_http_drain_body(filter, type, total);
 }
 
 void Stream::append_body(const Buffer& chunk) {
@@ -199,7 +149,7 @@ void Stream::append_body(const Buffer& chunk) {
     // calls must not reserve the message limit for each.
     const char* prefix = body_.size() >= kPrefixBytes ? body_.data() : chunk.data;
     const size_t whole = size >= kPrefixBytes && (body_.empty() || body_.size() >= kPrefixBytes)
-                             ? kPrefixBytes + std::min<size_t>(big_endian(prefix + 1), methods_->max_message_bytes)
+                             ? kPrefixBytes + std::min<size_t>(message_bytes(prefix), methods_->max_message_bytes)
                              : 0;
     body_.reserve(std::max(size, std::min(whole, 16 * size)));
   }
@@ -210,7 +160,7 @@ void Stream::append_body(const Buffer& chunk) {
 bool Stream::split_messages(void* filter) {
   size_t at = 0;
   while (body_.size() - at >= kPrefixBytes) {
-    const size_t length = big_endian(body_.data() + at + 1);
+    const size_t length = message_bytes(body_.data() + at);
     if (length > methods_->max_message_bytes) {
       refuse(filter, kResourceExhausted,
              "the message has " + std::to_string(length) + " bytes, the limit is " +
@@ -221,7 +171,7 @@ bool Stream::split_messages(void* filter) {
       refuse(filter, kInternal, "a message has the flag " + std::to_string(flag) + "; expected 0 or 1");
       return false;
     }
-    if (!request_streaming_) {  // handed over when it is whole
+    if (!method_->request_streaming) {  // handed over when it is whole
       if (body_.size() - kPrefixBytes <= length) return true;
       refuse(filter, kInternal, "the request body goes on after its one gRPC message");
       return false;
@@ -231,7 +181,7 @@ bool Stream::split_messages(void* filter) {
       std::lock_guard<std::mutex> lock(mutex_);
       inbox_bytes_ += length + kMessageOverheadBytes;
     }
-    inbox_.push({EventKind::kMessage, shared_from_this(), {body_.substr(at + kPrefixBytes, length), body_[at] == 1}});
+    inbox_.push({EventKind::kMessage, shared_from_this(), {body_.substr(at + kPrefixBytes, length), body_[at] == 1, {}}});
     at += kPrefixBytes + length;
   }
   body_.erase(0, at);
@@ -240,17 +190,21 @@ bool Stream::split_messages(void* filter) {
 
 void Stream::finish_request(void* filter) {
   request_ended_ = true;
-  if (request_streaming_) {
+  if (method_->request_streaming) {
     if (!body_.empty()) return refuse(filter, kInternal, "the request stream ends inside a message");
     inbox_.push({EventKind::kHalfClose, shared_from_this(), {}});
     return;
   }
-  if (body_.size() < kPrefixBytes || body_.size() - kPrefixBytes != big_endian(body_.data() + 1)) {
+  if (body_.size() < kPrefixBytes || body_.size() - kPrefixBytes != message_bytes(body_.data())) {
     return refuse(filter, kInternal, "the request body is not one whole gRPC message");
   }
   announced_ = true;
-  const bool compressed = body_[0] == 1;
-  inbox_.push({EventKind::kCall, shared_from_this(), {std::move(body_), compressed}});
+  Message message{std::move(body_), false, {}};
+  message.compressed = message.bytes[0] == 1;
+  if (method_->layout.tensors && !message.compressed) {
+    message.split = split_request(std::string_view(message.bytes).substr(kPrefixBytes), method_->layout);
+  }
+  inbox_.push({EventKind::kCall, shared_from_this(), std::move(message)});
   body_.clear();
 }
 
@@ -314,19 +268,34 @@ void Stream::on_watermark(bool above) {
 void Stream::flush(void* filter) {
   if (above_watermark_ || refused_) return;
   std::vector<Part> parts;
+  std::string reply;
   bool writable;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     parts.swap(parts_);
+    reply.swap(reply_);
     parts_bytes_ = 0;
     writable = want_writable_;
     want_writable_ = false;
   }
+  if (!reply.empty()) {
+    static Header kHeaders[] = {header(":status", "200"), header("content-type", "application/grpc")};
+    static Header kTrailers[] = {header("grpc-status", "0")};
+    envoy_dynamic_module_callback_http_send_response_headers(filter, kHeaders, 2, false);
+    if (!gone_) envoy_dynamic_module_callback_http_send_response_data(filter, {reply.data(), reply.size()}, false);
+    if (!gone_) envoy_dynamic_module_callback_http_send_response_trailers(filter, kTrailers, 1);
+    return;
+  }
   std::vector<Header> headers;
-  for (Part& part : parts) {
+  for (size_t i = 0; i < parts.size(); i++) {
     if (gone_) return;  // what was sent before has ended the stream
+    Part& part = parts[i];
     if (part.kind == Part::kMessage) {
-      envoy_dynamic_module_callback_http_send_response_data(filter, {part.framed.data(), part.framed.size()}, false);
+      std::string& data = part.framed;  // small messages leave together: a frame for each would cost more than they do
+      while (data.size() < kJoinedBytes && i + 1 < parts.size() && parts[i + 1].kind == Part::kMessage) {
+        data += parts[++i].framed;
+      }
+      envoy_dynamic_module_callback_http_send_response_data(filter, {data.data(), data.size()}, false);
       continue;
     }
     headers.clear();
@@ -355,6 +324,7 @@ void Stream::on_gone() {
     gone_ = true;
     cancelled = announced_ && !answered_;
     parts_.clear();
+    reply_.clear();
     if (scheduler_) envoy_dynamic_module_callback_http_filter_scheduler_delete(scheduler_);
     scheduler_ = nullptr;
   }
@@ -378,14 +348,12 @@ void Stream::send(std::vector<Part> parts) {
   schedule_locked();
 }
 
-void Stream::reply(const char* data, size_t size) {
-  std::vector<Part> parts(3);
-  parts[0].kind = Part::kHeaders;
-  parts[1].kind = Part::kMessage;
-  parts[1].framed = frame_message(data, size, false);
-  parts[2].kind = Part::kStatus;
-  parts[2].metadata.emplace_back("grpc-status", "0");
-  send(std::move(parts));
+void Stream::reply(std::string framed) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (gone_ || answered_) return;
+  answered_ = true;
+  reply_ = std::move(framed);
+  schedule_locked();
 }
 
 void Stream::consumed(size_t bytes) {

@@ -12,13 +12,16 @@
 #include <vector>
 
 #include "envoy_abi.h"
+#include "protocol.h"
+#include "split.h"
 
-using Metadata = std::vector<std::pair<std::string, std::string>>;
+using Metadata = std::vector<std::pair<std::string, std::string>>;  // to be sent
 
 // One gRPC message; `compressed` is the flag of its five-byte prefix (gRPC over HTTP/2, "Length-Prefixed-Message").
 struct Message {
-  std::string bytes;
+  std::string bytes;  // of a unary request with its prefix, which is not worth a copy to cut it off
   bool compressed = false;
+  Split split{};  // of a hot method's request, without regard to the prefix; its key is empty where it was not split
 };
 
 // A piece of an answer on its way to the worker.
@@ -30,9 +33,6 @@ struct Part {
 
 // What a waiting message costs besides its bytes. Counted, or millions of empty ones would weigh nothing.
 constexpr size_t kMessageOverheadBytes = 256;
-
-// A message with its prefix.
-std::string frame_message(const char* data, size_t size, bool compressed);
 
 class Stream;
 using StreamPtr = std::shared_ptr<Stream>;
@@ -64,6 +64,7 @@ struct Methods {
   struct Method {
     int number;
     bool request_streaming;
+    Layout layout;  // of a hot method's requests; without tensors for others
   };
   std::unordered_map<std::string, Method> by_path;
   size_t max_message_bytes = 0;
@@ -87,7 +88,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   // Loop side.
   void send(std::vector<Part> parts);
-  void reply(const char* data, size_t size);  // the whole answer of a successful unary call
+  void reply(std::string framed);  // the whole answer of a successful unary call: one message with its prefix
   void consumed(size_t bytes);                // the application has taken so much of the request
   bool gone();
   size_t pending_bytes();
@@ -98,7 +99,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   int64_t deadline_us = -1;  // CLOCK_MONOTONIC; -1 without one
   std::string path;
   std::string peer;
-  Metadata metadata;
+  std::string metadata;  // what the caller sent: key, NUL, value, NUL, and so on
 
   void* call = nullptr;  // the loop's Call, borrowed; touched only with the interpreter's lock held
 
@@ -116,7 +117,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   // Worker only.
   const Methods* methods_ = nullptr;
-  bool request_streaming_ = false;
+  const Methods::Method* method_ = nullptr;
   bool refused_ = false;
   bool request_ended_ = false;
   bool announced_ = false;  // the loop knows this call
@@ -128,6 +129,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   std::mutex mutex_;  // guards all below
   std::vector<Part> parts_;
+  std::string reply_;  // instead of parts
   size_t parts_bytes_ = 0;
   size_t inbox_bytes_ = 0;
   void* scheduler_ = nullptr;

@@ -1,0 +1,146 @@
+"""Idle costs nothing: one call in flight, with batching and without, side by side.
+
+Usage: python -m bench.idle
+
+Two servers run at once, one with batching as it is by default, one with `batching.max_rows` 1. Each round loads them in
+turn, in changing order, with one call in flight over gRPC through Envoy; so a drift of the machine meets both alike,
+and each round gives a ratio of its own. `tiny` runs on the event loop, `null` takes 2 ms on a thread of its own.
+Writes results/idle.json and results/idle.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bench import h2load, models, report
+from bench.process import ServerProcess, free_port
+from bench.subjects import ROOT, Subject, environment
+
+SUBJECTS = (Subject("tiny", "tiny", "envoy"), Subject("null", "null", "envoy"))
+RUN_US = 2000
+OFF: dict[str, Any] = {"batching": {"max_rows": 1}}
+LIMIT = 1.03
+
+
+def start(stack: ExitStack, folder: Path, settings: dict[str, Any]) -> int:
+    """Starts a server of both models, and waits for right answers.
+
+    Returns:
+        Its port.
+    """
+    folder.mkdir()
+    config = folder / "forno.yaml"
+    served: dict[str, Any] = {
+        "tiny": {"path": str(models.path_of("tiny")), **settings},
+        "null": {"engine": "null", "null": {"shape": [-1, 64], "delay_us": RUN_US}, **settings},
+    }
+    config.write_text(json.dumps({"models": served}))
+    port = free_port()
+    argv = [sys.executable, "-m", "forno.server", "serve", str(config), "--address", f"127.0.0.1:{port}"]
+    server = stack.enter_context(ServerProcess(argv, environment(), folder / "server.log"))
+    for subject in SUBJECTS:
+        subject.first_answer_s(port, server)
+        subject.check_answers(port)
+    return port
+
+
+def measure(rounds: int, seconds: float) -> list[report.Record]:
+    """A record for each model and round."""
+    records: list[report.Record] = []
+    with tempfile.TemporaryDirectory(prefix="forno-idle-") as name, ExitStack() as stack:
+        folder = Path(name)
+        ports = {"on": start(stack, folder / "on", {}), "off": start(stack, folder / "off", OFF)}
+        targets = {
+            (subject.name, which): subject.target(port, folder / which)
+            for subject in SUBJECTS
+            for which, port in ports.items()
+        }
+        calls = {key: h2load.calls_for(target, 1, seconds) for key, target in targets.items()}
+        for number in range(rounds):
+            for subject in SUBJECTS:
+                order = ("on", "off") if number % 2 else ("off", "on")
+                loads = {
+                    which: h2load.run(targets[subject.name, which], 1, calls[subject.name, "on"]) for which in order
+                }
+                record: report.Record = {"model": subject.name, "round": number + 1}
+                for which, load in loads.items():
+                    record[f"{which}_p50_us"], record[f"{which}_p99_us"] = load.p50_us, load.p99_us
+                    record[f"{which}_calls"], record[f"{which}_errors"] = load.calls, load.errors
+                records.append(record)
+    return records
+
+
+def summarise(records: list[report.Record]) -> list[report.Record]:
+    """For each model the medians, and the ratio of on to off with its quartiles over the rounds."""
+    found = []
+    for subject in SUBJECTS:
+        group = [record for record in records if record["model"] == subject.name]
+        ratios = [record["on_p50_us"] / record["off_p50_us"] for record in group]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        found.append({
+            "model": subject.name,
+            "rounds": len(group),
+            "on_p50_us": statistics.median(record["on_p50_us"] for record in group),
+            "off_p50_us": statistics.median(record["off_p50_us"] for record in group),
+            "ratio": round(middle, 4),
+            "ratio_quartiles": [round(low, 4), round(high, 4)],
+            "errors": sum(record["on_errors"] + record["off_errors"] for record in group),
+            "holds": middle <= LIMIT,
+        })  # fmt: skip
+    return found
+
+
+def table(summary: list[report.Record]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        f"One call in flight: p50 with batching against without; at most {LIMIT} is wanted.\n",
+        "| model | p50 on, us | p50 off, us | on/off, median of rounds | quartiles | errors |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['model']} | {row['on_p50_us']:,.0f} | {row['off_p50_us']:,.0f} | {row['ratio']:.3f} "
+        f"| {row['ratio_quartiles'][0]:.3f} to {row['ratio_quartiles'][1]:.3f} | {row['errors']} |"
+        for row in summary
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures and writes.
+
+    Returns:
+        Exit status: 1 where batching costs an idle server more than the limit, or a call failed.
+    """
+    parser = argparse.ArgumentParser("python -m bench.idle", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=40, help="how often each is measured")
+    parser.add_argument("--seconds", type=float, default=0.25, help="length of one measurement")
+    arguments = parser.parse_args()
+    records = measure(arguments.rounds, arguments.seconds)
+    summary = summarise(records)
+    facts: report.Record = {
+        "command": shlex.join(["python", "-m", "bench.idle", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "method": f"one call in flight, {h2load.version()} on the same machine, {arguments.rounds} interleaved rounds "
+        f"of {arguments.seconds} s, medians",
+        "machine": report.machine(),
+        "versions": report.versions(ROOT),
+        "summary": summary,
+        "records": records,
+    }
+    text = table(summary)
+    report.write(ROOT / "bench" / "results", "idle", facts, text)
+    print(text)
+    return 0 if all(row["holds"] and not row["errors"] for row in summary) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A request of more rows than one run takes, as several that run one after another and are answered as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forno.server.request import Answer, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class _Times:
+    """Of the parts so far."""
+
+    queue_us: int = 0
+    compute_us: int = 0
+    batch_rows: int = 0
+
+
+class Whole:
+    """Joins the answers of the parts of a request. Made by `parts_of`, kept by the parts; event loop only.
+
+    It is the future of each part as far as batcher and worker need one. So a part is done as soon as the request is:
+    a cancelled caller, or the error of one part, ends those that wait still.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._left = request.rows
+        self._outputs: list[Array] = []
+        self._times = _Times()
+        self._given_up = False
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+        return self._given_up or self._request.future.done()
+
+    def give_up(self) -> None:
+        """Ends the parts without an answer: the request was refused."""
+        self._given_up = True
+
+    def set_result(self, result: object) -> None:
+        """Does nothing: the answer went with `take`."""
+
+    def set_exception(self, error: BaseException) -> None:
+        """Fails the request, if another part has not."""
+        if not self.done():
+            self._request.future.set_exception(error)
+
+    def take(self, start: int, rows: int, answer: Answer) -> None:
+        """Keeps the outputs of the part that begins with row `start`; the last one to come ends the request.
+
+        Raises:
+            ValueError: The outputs do not have the rows of the part, or another shape than those of other parts.
+        """
+        request, times = self._request, self._times
+        if not self._outputs:
+            self._outputs = [_room(output, request.rows) for output in answer.outputs]
+        for whole, output in zip(self._outputs, answer.outputs, strict=True):
+            if output.shape != (rows, *whole.shape[1:]):
+                raise ValueError(
+                    f"an output has shape {list(output.shape)} for {rows} of {request.rows} rows, expected "
+                    f"{[rows, *whole.shape[1:]]}"
+                )
+            whole[start : start + rows] = output
+        if start == 0:
+            times.queue_us = answer.queue_us
+        times.compute_us += answer.compute_us
+        times.batch_rows = max(times.batch_rows, answer.batch_rows)
+        self._left -= rows
+        if self._left == 0:
+            joined = Answer(self._outputs, times.queue_us, times.compute_us, times.batch_rows)
+            result = request.finish(joined)
+            if not self.done():
+                request.future.set_result(result)
+
+
+def parts_of(request: Request, max_rows: int) -> tuple[Whole, Sequence[Request]]:
+    """What joins the parts, and the parts: of at most `max_rows` rows each, their answers together the request's."""
+    whole = Whole(request)
+    parts = []
+    for start in range(0, request.rows, max_rows):
+        rows = min(max_rows, request.rows - start)
+        parts.append(
+            Request(
+                tuple([array[start : start + rows] for array in request.inputs]),
+                rows,
+                partial(whole.take, start, rows),
+                whole,  # type: ignore[arg-type]
+                request.arrived_us,
+                request.expires_us,
+                request.priority,
+                deadline_us=request.deadline_us,
+            )
+        )
+    return whole, parts
+
+
+def _room(output: Array, rows: int) -> Array:
+    if output.ndim == 0:
+        raise ValueError(f"an output has no dimension that counts rows, expected {rows}")
+    return np.empty((rows, *output.shape[1:]), output.dtype)

@@ -1,0 +1,53 @@
+#include "protocol.h"
+
+#include <cstring>
+
+uint32_t message_bytes(const char* prefix) {
+  uint32_t value;
+  std::memcpy(&value, prefix + 1, 4);
+  return __builtin_bswap32(value);
+}
+
+void set_prefix(std::string& framed, bool compressed) {
+  const uint32_t length = __builtin_bswap32(static_cast<uint32_t>(framed.size() - kPrefixBytes));
+  framed[0] = compressed ? 1 : 0;
+  std::memcpy(&framed[1], &length, 4);
+}
+
+std::string frame_message(const char* data, size_t size, bool compressed) {
+  std::string out;
+  out.reserve(kPrefixBytes + size);
+  out.resize(kPrefixBytes);
+  out.append(data, size);
+  set_prefix(out, compressed);
+  return out;
+}
+
+int64_t timeout_us(std::string_view text) {
+  if (text.size() < 2 || text.size() > 9) return -1;
+  int64_t value = 0;
+  for (char c : text.substr(0, text.size() - 1)) {
+    if (c < '0' || c > '9') return -1;
+    value = value * 10 + (c - '0');
+  }
+  switch (text.back()) {
+    case 'H': return value * 3600000000;
+    case 'M': return value * 60000000;
+    case 'S': return value * 1000000;
+    case 'm': return value * 1000;
+    case 'u': return value;
+    case 'n': return (value + 999) / 1000;
+    default: return -1;
+  }
+}
+
+bool is_grpc_type(std::string_view content_type) {
+  constexpr std::string_view kGrpc = "application/grpc";
+  if (content_type.substr(0, kGrpc.size()) != kGrpc) return false;
+  return content_type.size() == kGrpc.size() || content_type[kGrpc.size()] == '+' || content_type[kGrpc.size()] == ';';
+}
+
+bool is_transport_header(std::string_view key) {
+  return key.empty() || key[0] == ':' || key == "te" || key == "content-type" || key == "grpc-timeout" ||
+         key == "content-length" || key == "host";
+}

@@ -1,0 +1,30 @@
+// The rules of gRPC over HTTP/2 (grpc/grpc, doc/PROTOCOL-HTTP2.md) that a server needs. Pure functions; any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+constexpr int kResourceExhausted = 8, kUnimplemented = 12, kInternal = 13, kUnavailable = 14;  // statuses
+
+// Before each message: one byte, whether it is compressed, and four of length, most significant first.
+constexpr size_t kPrefixBytes = 5;
+
+// The length that a prefix tells.
+uint32_t message_bytes(const char* prefix);
+
+// Writes the prefix into the first bytes of a message that has left room for it.
+void set_prefix(std::string& framed, bool compressed);
+
+// A message with its prefix.
+std::string frame_message(const char* data, size_t size, bool compressed);
+
+// "grpc-timeout" in microseconds: up to eight digits and a unit. -1 where it is not one.
+int64_t timeout_us(std::string_view text);
+
+// Whether a content type is gRPC's own, not that of gRPC-Web.
+bool is_grpc_type(std::string_view content_type);
+
+// Whether a header belongs to the transport, not to the application's metadata.
+bool is_transport_header(std::string_view key);

@@ -1,0 +1,30 @@
+// Splits a serialized request into what repeats from call to call and what does not.
+//
+// A client that calls a model again and again sends the same bytes but for the elements of its tensors and its request
+// id. What is left without those (the `key`) says everything else: model, names, types, shapes, and the byte count of
+// each tensor. So the key is looked at once, by the ordinary parser, and later calls with an equal key need only know
+// where their elements lie. Anything that this does not know makes it give up, and the ordinary parser decides.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+// Field numbers of a request message whose tensors carry their own raw bytes.
+struct Layout {
+  uint32_t tensors = 0;       // repeated message: the tensors
+  uint32_t request_id = 0;    // string: the request's id
+  uint32_t tensor_data = 0;   // bytes, in a tensor: its elements
+  uint32_t tensor_plain = 0;  // in a tensor, fields up to this number are small and part of the key
+};
+
+struct Split {
+  std::string key;               // empty: not split
+  std::vector<uint64_t> spans;   // offset and size of each tensor's elements, in order
+  uint64_t id_at = 0, id_size = 0;  // where the request id lies
+};
+
+// All places are offsets into `message`. Never throws but for memory; never reads outside `message`.
+Split split_request(std::string_view message, const Layout& layout);

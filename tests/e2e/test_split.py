@@ -1,0 +1,146 @@
+"""The native splitter against the ordinary parser: it may give up, but never disagree."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.e2e.forno_server import ROOT
+
+from forno.server.servicers.hot import LAYOUT
+from forno.v1 import predictor_pb2, tensor_pb2
+
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+NATIVE = ROOT / "server/forno/server/transport/envoy/native"
+MAX_SPANS = 512
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+
+
+@pytest.fixture(scope="session")
+def split(tmp_path_factory):
+    library = tmp_path_factory.mktemp("split") / "split.so"
+    sources = [str(ROOT / "tests/native/split_c.cc"), str(NATIVE / "split.cc")]
+    subprocess.run(
+        [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{NATIVE}", *sources, "-o", str(library)], check=True
+    )
+    function = ctypes.CDLL(str(library)).split
+    function.restype = ctypes.c_size_t
+    layout = (ctypes.c_uint32 * 4)(*LAYOUT)
+
+    def call(message: bytes):
+        key, spans = ctypes.create_string_buffer(4096), (ctypes.c_uint64 * MAX_SPANS)()
+        count, identity = ctypes.c_size_t(), (ctypes.c_uint64 * 2)()
+        size = function(
+            message,
+            ctypes.c_size_t(len(message)),
+            layout,
+            key,
+            spans,
+            ctypes.c_size_t(MAX_SPANS),
+            ctypes.byref(count),
+            identity,
+        )
+        if not size:
+            return None
+        return key.raw[:size], list(spans[: count.value]), bytes(message[identity[0] : identity[0] + identity[1]])
+
+    return call
+
+
+TENSORS = st.builds(
+    tensor_pb2.Tensor,
+    name=st.text(max_size=6),
+    data_type=st.integers(0, 16),
+    shape=st.lists(st.integers(-5, 300), max_size=4),
+    data=st.binary(max_size=60),
+)
+REQUESTS = st.builds(
+    predictor_pb2.PredictRequest,
+    model=st.text(max_size=6),
+    inputs=st.lists(TENSORS, max_size=4),
+    outputs=st.lists(st.text(max_size=4), max_size=2),
+    request_id=st.text(max_size=140),
+)
+
+
+def agrees(split, message: bytes) -> bool:
+    """Whether the message was split; fails where the parser sees something else."""
+    found = split(message)
+    if found is None:
+        return False
+    _, spans, request_id = found
+    try:
+        request = predictor_pb2.PredictRequest.FromString(message)
+    except DecodeError:
+        return True  # the key's first request goes to the parser, which refuses it: there is never a plan
+    assert len(spans) == 2 * len(request.inputs)
+    for index, tensor in enumerate(request.inputs):
+        at, size = spans[2 * index : 2 * index + 2]
+        assert message[at : at + size] == tensor.data
+        assert tensor.WhichOneof("contents") == "data"
+    assert request_id == request.request_id.encode()
+    return True
+
+
+@given(REQUESTS)
+@settings(max_examples=500)
+def test_requests_are_split_where_the_parser_sees_elements(split, request):
+    expected = bool(request.inputs) and len(request.request_id) <= 128 and request.request_id.isascii()
+    expected = expected and all(tensor.WhichOneof("contents") == "data" for tensor in request.inputs)
+    assert agrees(split, request.SerializeToString()) == expected
+
+
+@given(REQUESTS, st.data())
+@settings(max_examples=300)
+def test_an_equal_key_means_an_equal_request_but_for_elements_and_id(split, request, data):
+    before = split(request.SerializeToString())
+    for tensor in request.inputs:
+        tensor.data = data.draw(st.binary(min_size=len(tensor.data), max_size=len(tensor.data)))
+    request.request_id = data.draw(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20))
+    after = split(request.SerializeToString())
+    if before is not None and after is not None:
+        assert before[0] == after[0]
+    for tensor in request.inputs:
+        tensor.shape.append(7)
+    changed = split(request.SerializeToString())
+    if before is not None and changed is not None:
+        assert before[0] != changed[0]
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=1000)
+def test_random_bytes_are_no_trouble(split, message):
+    agrees(split, message)
+
+
+@given(REQUESTS, st.data())
+@settings(max_examples=1000)
+def test_damaged_requests_are_no_trouble(split, request, data):
+    message = bytearray(request.SerializeToString())
+    for _ in range(data.draw(st.integers(0, 3))):
+        if message:
+            at = data.draw(st.integers(0, len(message) - 1))
+            kind = data.draw(st.sampled_from(["flip", "cut", "insert", "repeat"]))
+            if kind == "flip":
+                message[at] ^= data.draw(st.integers(1, 255))
+            elif kind == "cut":
+                del message[at:]
+            elif kind == "insert":
+                message[at:at] = data.draw(st.binary(max_size=6))
+            else:
+                message += message[at:]
+    agrees(split, bytes(message))
+
+
+def test_a_large_tensor_is_found(split):
+    request = predictor_pb2.PredictRequest(model="m", request_id="r")
+    elements = np.arange(1_000_000, dtype=np.float32).tobytes()
+    request.inputs.add(name="x", data_type=12, shape=[1_000_000], data=elements)
+    assert agrees(split, request.SerializeToString())

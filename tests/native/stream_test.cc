@@ -1,0 +1,467 @@
+// Streams under load without Envoy: workers that behave as Envoy's do (and as it may), and an event loop that answers.
+//
+// Every call has a plan: what the client sends, in which pieces, and whether it goes away on the way. Its answer must be
+// what the plan says, whatever the pieces and the order of events were. Built with the sanitizers by tools/sanitize.sh.
+//
+//     stream_test [CALLS [SEED]]
+#include <poll.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+#include <thread>
+
+#include "stream.h"
+
+namespace {
+
+constexpr size_t kMaxMessageBytes = 4096, kMaxInboxBytes = 2048;
+constexpr int kWorkers = 2, kOpenAtOnce = 40;
+
+using Random = std::mt19937;
+size_t below(Random& random, size_t end) { return random() % end; }
+
+#define CHECK(condition)                                                         \
+  do {                                                                           \
+    if (!(condition)) {                                                          \
+      fprintf(stderr, "line %d: %s does not hold\n", __LINE__, #condition);      \
+      abort();                                                                   \
+    }                                                                            \
+  } while (0)
+
+// What the client does, and what has to come back.
+struct Plan {
+  bool unary = false;
+  std::string body;            // all bytes that the client sends
+  std::string expected;        // all bytes that come back
+  std::string status = "0";
+  std::string path = "/unary";
+  std::string timeout;
+  bool goes_away = false;      // at some moment: nothing is expected then
+  bool trailers = false;       // the request ends with trailers
+};
+
+class Worker;
+
+// One HTTP stream, as Envoy's filter for it.
+struct Filter {
+  Worker* worker;
+  Plan plan;
+  StreamPtr* state = nullptr;  // null once destroyed
+  std::vector<std::pair<std::string, std::string>> headers;
+  std::vector<std::string> received;  // the piece that on_body is called for
+  std::vector<std::string> buffered;  // pieces that it left here
+  size_t sent = 0;                    // of plan.body
+  bool begun = false, request_ended = false, stopped_reading = false;
+  int above = 0;
+  int headers_answered = 0;
+  bool answer_ended = false;
+  std::string answer, status;
+};
+
+using FilterPtr = std::shared_ptr<Filter>;
+
+struct Scheduler {
+  std::weak_ptr<Filter> filter;
+  Worker* worker;
+};
+
+Inbox& inbox() {
+  static Inbox& one = *new Inbox;
+  return one;
+}
+Methods methods;
+std::atomic<int> calls_left{0}, workers_running{0};
+std::atomic<size_t> answers_checked{0};
+
+class Worker {
+ public:
+  explicit Worker(unsigned seed) : random(seed) {}
+
+  void run() {
+    while (true) {
+      while (filters_.size() < kOpenAtOnce && calls_left.fetch_sub(1) > 0) open();
+      run_scheduled();
+      if (filters_.empty()) break;
+      auto at = filters_.begin();
+      std::advance(at, below(random, filters_.size()));
+      const FilterPtr filter = at->second;
+      step(*filter);
+      if (!filter->state) filters_.erase(filter.get());
+    }
+    workers_running--;
+  }
+
+  void post(std::weak_ptr<Filter> filter) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    scheduled_.push_back(std::move(filter));
+  }
+
+  // Envoy's filter is no more; its hooks are not called again.
+  void destroy(Filter& filter) {
+    if (!filter.state) return;
+    StreamPtr* state = filter.state;
+    filter.state = nullptr;
+    (*state)->on_gone();
+    (*state)->on_gone();  // stream_complete, then destroy
+    delete state;
+  }
+
+  std::weak_ptr<Filter> weak(Filter* filter) { return filters_.at(filter); }
+
+  void finish(Filter& filter);
+
+  Random random;
+
+ private:
+  void open();
+  void step(Filter& filter);
+
+  void run_scheduled() {
+    std::vector<std::weak_ptr<Filter>> scheduled;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      scheduled.swap(scheduled_);
+    }
+    for (const auto& weak : scheduled) {
+      if (const FilterPtr filter = weak.lock(); filter && filter->state) {
+        const StreamPtr stream = *filter->state;
+        stream->on_scheduled(filter.get());
+      }
+    }
+  }
+
+  std::map<Filter*, FilterPtr> filters_;
+  std::mutex mutex_;
+  std::vector<std::weak_ptr<Filter>> scheduled_;  // guarded by mutex_
+};
+
+std::string random_bytes(Random& random, size_t size) {
+  std::string out(size, 0);
+  for (char& c : out) c = static_cast<char>(random());
+  return out;
+}
+
+Plan make_plan(Random& random) {
+  Plan plan;
+  plan.unary = below(random, 2);
+  plan.path = plan.unary ? "/unary" : "/stream";
+  plan.goes_away = below(random, 4) == 0;
+  plan.trailers = below(random, 8) == 0;
+  const size_t count = plan.unary ? 1 : below(random, 20);
+  for (size_t i = 0; i < count; i++) {
+    const std::string message = random_bytes(random, below(random, 3) ? below(random, 40) : below(random, kMaxMessageBytes + 1));
+    plan.body += frame_message(message.data(), message.size(), false);
+  }
+  plan.expected = plan.body;
+  const auto fails = [&plan](const char* status) {
+    plan.status = status;
+    plan.expected.clear();
+  };
+  switch (below(random, 16)) {
+    case 0:
+      plan.path = "/unknown";
+      fails("12");
+      break;
+    case 1:
+      plan.timeout = "soon";
+      fails("13");
+      break;
+    case 2:  // one byte too few
+      if (plan.body.empty()) break;
+      plan.body.pop_back();
+      fails("13");
+      break;
+    case 3:  // one byte too many
+      plan.body.push_back(0);
+      fails("13");
+      break;
+    case 4:
+      plan.body += std::string("\2\0\0\0\0", 5);
+      fails("13");
+      break;
+    case 5:
+      if (plan.unary) plan.body.clear();
+      plan.body += std::string("\0\xff\xff\xff\xff", 5);
+      fails("8");
+      break;
+    default:
+      break;
+  }
+  return plan;
+}
+
+void Worker::open() {
+  auto filter = std::make_shared<Filter>();
+  filter->worker = this;
+  filter->plan = make_plan(random);
+  filter->state = new StreamPtr(std::make_shared<Stream>(inbox()));
+  filter->headers = {{":path", filter->plan.path}, {":method", "POST"}, {"content-type", "application/grpc"}, {"x-a", "1"}};
+  if (!filter->plan.timeout.empty()) filter->headers.emplace_back("grpc-timeout", filter->plan.timeout);
+  filters_[filter.get()] = filter;
+}
+
+// One thing that may happen to a stream.
+void Worker::step(Filter& filter) {
+  if (!filter.state) return;
+  if (filter.answer_ended) return finish(filter);
+  if (filter.plan.goes_away && below(random, 30) == 0) return destroy(filter);
+  if (filter.above && below(random, 2)) {
+    filter.above--;
+    const StreamPtr stream = *filter.state;
+    stream->on_watermark(false);
+    return;
+  }
+  const StreamPtr stream = *filter.state;
+  if (!filter.begun) {
+    filter.begun = true;
+    filter.request_ended = filter.plan.body.empty() && !filter.plan.trailers;
+    stream->on_headers(&filter, &methods, filter.request_ended);
+  } else if (!filter.request_ended && !(filter.stopped_reading && below(random, 4))) {
+    const size_t left = filter.plan.body.size() - filter.sent;
+    if (!left && filter.plan.trailers) {
+      filter.request_ended = true;
+      stream->on_trailers(&filter);
+    } else {
+      const size_t size = std::min(left, below(random, 2) ? below(random, 12) : below(random, 3000));
+      const bool end = size == left && !filter.plan.trailers;
+      const std::string piece = filter.plan.body.substr(filter.sent, size);
+      filter.sent += size;
+      // Slices as Envoy's buffers have them. At the end it moves the last piece to those that were left.
+      std::vector<std::string> slices;
+      const size_t cut = below(random, size + 1);
+      for (const std::string& slice : {piece.substr(0, cut), piece.substr(cut)}) {
+        if (!slice.empty()) slices.push_back(slice);
+      }
+      auto& target = end && !filter.buffered.empty() ? filter.buffered : filter.received;
+      target.insert(target.end(), slices.begin(), slices.end());
+      filter.request_ended = end;
+      if (stream->on_body(&filter, end) == kStopBodyAndWatermark) {
+        filter.buffered.insert(filter.buffered.end(), filter.received.begin(), filter.received.end());
+        filter.stopped_reading = true;
+      }
+      filter.received.clear();
+      if (filter.buffered.empty()) filter.stopped_reading = false;
+    }
+  }
+}
+
+// The answer is complete: it must be what was planned.
+void Worker::finish(Filter& filter) {
+  if (filter.status != filter.plan.status) {
+    fprintf(stderr, "%s: status %s, expected %s\n", filter.plan.path.c_str(), filter.status.c_str(), filter.plan.status.c_str());
+  }
+  CHECK(filter.status == filter.plan.status);
+  CHECK(filter.status != "0" || filter.answer == filter.plan.expected);
+  answers_checked++;
+  destroy(filter);
+}
+
+// The event loop: echoes every message, in time or late, and says OK when the client has finished.
+class Loop {
+ public:
+  void run() {
+    pollfd ready{inbox().fd(), POLLIN, 0};
+    while (workers_running || !calls_.empty()) {
+      poll(&ready, 1, 1);
+      for (Event& event : inbox().take()) handle(event);
+      for (auto at = calls_.begin(); at != calls_.end();) at = work(at->second) ? std::next(at) : calls_.erase(at);
+    }
+  }
+
+ private:
+  struct Call {
+    StreamPtr stream;
+    std::deque<std::string> messages;
+    bool unary = false, half_closed = false, cancelled = false, waits = false, started = false;
+  };
+
+  void handle(Event& event) {
+    if (event.kind == EventKind::kCall) {
+      CHECK(!calls_.count(event.stream.get()));
+      if (event.stream->gone()) return;
+      CHECK(event.stream->metadata == std::string("x-a\0001\0", 6));
+      Call& call = calls_[event.stream.get()];
+      call.stream = event.stream;
+      call.unary = event.stream->method == 0;
+      if (call.unary) call.messages.push_back(std::move(event.message.bytes));
+      return;
+    }
+    const auto found = calls_.find(event.stream.get());
+    if (found == calls_.end()) return;
+    Call& call = found->second;
+    switch (event.kind) {
+      case EventKind::kMessage:
+        CHECK(!call.half_closed);
+        call.messages.push_back(std::move(event.message.bytes));
+        break;
+      case EventKind::kHalfClose:
+        CHECK(!call.half_closed);
+        call.half_closed = true;
+        break;
+      case EventKind::kCancel:
+        CHECK(!call.cancelled);
+        call.cancelled = true;
+        break;
+      case EventKind::kWritable:
+        call.waits = false;
+        break;
+      default:
+        CHECK(false);
+    }
+  }
+
+  // False when the call has ended.
+  bool work(Call& call) {
+    if (below(random_, 3) == 0) return true;
+    if (call.cancelled) return below(random_, 2);  // a handler may take its time, and still try to answer
+    if (call.unary) {
+      call.stream->reply(std::move(call.messages.front()));
+      return false;
+    }
+    if (call.waits) return true;
+    std::vector<Part> parts;
+    while (!call.messages.empty() && below(random_, 8)) {
+      const std::string& message = call.messages.front();
+      if (!call.started) parts.push_back({Part::kHeaders, {{"x-b", "2"}}, {}});
+      call.started = true;
+      parts.push_back({Part::kMessage, {}, frame_message(message.data(), message.size(), false)});
+      call.stream->consumed(message.size());
+      call.messages.pop_front();
+    }
+    const bool ends = call.half_closed && call.messages.empty();
+    if (ends) parts.push_back({Part::kStatus, {{"grpc-status", "0"}}, {}});
+    if (!parts.empty()) call.stream->send(std::move(parts));
+    if (ends) return false;
+    if (call.stream->pending_bytes() > 2000 && below(random_, 2)) call.waits = call.stream->notify_writable();
+    return true;
+  }
+
+  std::map<Stream*, Call> calls_;
+  Random random_{7};
+};
+
+Filter& filter_of(void* filter) { return *static_cast<Filter*>(filter); }
+
+void take_headers(Filter& filter, Header* headers, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    if (std::string_view(headers[i].key, headers[i].key_size) == "grpc-status") {
+      CHECK(filter.status.empty());
+      filter.status.assign(headers[i].value, headers[i].value_size);
+    }
+  }
+}
+
+// The end of an answer: where the request has ended too, Envoy destroys the filter before it returns.
+void end_answer(Filter& filter) {
+  CHECK(!filter.answer_ended);
+  CHECK(!filter.status.empty());
+  filter.answer_ended = true;
+  if (filter.request_ended) filter.worker->finish(filter);
+}
+
+std::vector<std::string>& body_of(void* filter, int type) {
+  return type == kBufferedRequestBody ? filter_of(filter).buffered : filter_of(filter).received;
+}
+
+}  // namespace
+
+extern "C" {
+
+size_t envoy_dynamic_module_callback_http_get_headers_size(void* filter, int) { return filter_of(filter).headers.size(); }
+
+bool envoy_dynamic_module_callback_http_get_headers(void* filter, int, Header* out) {
+  for (const auto& [key, value] : filter_of(filter).headers) *out++ = {key.data(), key.size(), value.data(), value.size()};
+  return true;
+}
+
+bool envoy_dynamic_module_callback_http_filter_get_attribute_string(void*, int, Buffer* value) {
+  *value = {"192.0.2.1:1", 11};
+  return true;
+}
+
+size_t envoy_dynamic_module_callback_http_get_body_chunks_size(void* filter, int type) { return body_of(filter, type).size(); }
+
+bool envoy_dynamic_module_callback_http_get_body_chunks(void* filter, int type, Buffer* out) {
+  for (const std::string& chunk : body_of(filter, type)) *out++ = {chunk.data(), chunk.size()};
+  return true;
+}
+
+bool envoy_dynamic_module_callback_http_drain_body(void* filter, int type, size_t bytes) {
+  size_t total = 0;
+  for (const std::string& chunk : body_of(filter, type)) total += chunk.size();
+  CHECK(total == bytes);
+  body_of(filter, type).clear();
+  return true;
+}
+
+void envoy_dynamic_module_callback_http_send_response(void*, uint32_t, Header*, size_t, Buffer, Buffer) { CHECK(false); }
+
+void envoy_dynamic_module_callback_http_send_response_headers(void* at, Header* headers, size_t count, bool end) {
+  Filter& filter = filter_of(at);
+  CHECK(filter.state && !filter.answer_ended && !filter.headers_answered);
+  filter.headers_answered++;
+  take_headers(filter, headers, count);
+  if (end) end_answer(filter);
+}
+
+void envoy_dynamic_module_callback_http_send_response_data(void* at, Buffer data, bool end) {
+  Filter& filter = filter_of(at);
+  CHECK(filter.state && filter.headers_answered && !filter.answer_ended && !end);
+  filter.answer.append(data.data, data.size);
+  Random& random = filter.worker->random;
+  const StreamPtr stream = *filter.state;
+  if (below(random, 8) == 0) {  // Envoy says so in the middle of its own writing
+    filter.above++;
+    stream->on_watermark(true);
+  }
+  if (filter.plan.goes_away && below(random, 20) == 0) filter.worker->destroy(filter);  // the connection broke just now
+}
+
+void envoy_dynamic_module_callback_http_send_response_trailers(void* at, Header* headers, size_t count) {
+  Filter& filter = filter_of(at);
+  CHECK(filter.state && filter.headers_answered && !filter.answer_ended);
+  take_headers(filter, headers, count);
+  end_answer(filter);
+}
+
+void* envoy_dynamic_module_callback_http_filter_scheduler_new(void* filter) {
+  Worker* worker = filter_of(filter).worker;
+  return new Scheduler{worker->weak(&filter_of(filter)), worker};
+}
+
+void envoy_dynamic_module_callback_http_filter_scheduler_commit(void* scheduler, uint64_t) {
+  const Scheduler* one = static_cast<Scheduler*>(scheduler);
+  one->worker->post(one->filter);
+}
+
+void envoy_dynamic_module_callback_http_filter_scheduler_delete(void* scheduler) { delete static_cast<Scheduler*>(scheduler); }
+}
+
+int main(int argc, char** argv) {
+  const int calls = argc > 1 ? atoi(argv[1]) : 20000;
+  alarm(300);  // a call that never ends must not hang its caller
+  const unsigned seed = argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 1;
+  methods.by_path = {{"/unary", {0, false, {1, 2, 3, 2}}}, {"/stream", {1, true, {}}}};
+  methods.max_message_bytes = kMaxMessageBytes;
+  methods.max_inbox_bytes = kMaxInboxBytes;
+  calls_left = calls;
+  workers_running = kWorkers;
+  std::vector<std::unique_ptr<Worker>> workers;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kWorkers; i++) {
+    workers.push_back(std::make_unique<Worker>(seed * kWorkers + i));
+    threads.emplace_back(&Worker::run, workers.back().get());
+  }
+  Loop loop;
+  loop.run();
+  for (std::thread& thread : threads) thread.join();
+  for (const Event& event : inbox().take()) CHECK(event.kind == EventKind::kCancel || event.kind == EventKind::kWritable);
+  CHECK(answers_checked > static_cast<size_t>(calls) / 2);
+  printf("%d calls, %zu answers checked\n", calls, answers_checked.load());
+  return 0;
+}
