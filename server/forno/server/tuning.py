@@ -93,11 +93,12 @@ class Tuner:
             self.cap = self._settled
             self.review()
             return
-        self._trial_in -= 1
-        if self._trial_in > 0:
-            return
         more, less = min(self.cap * 2, self._max_rows), max(self.cap // 2, 1)
-        is_fresh = self.cost.samples[self.cost.step_of(more)] < _TRIAL_SAMPLES
+        tried = self.cost.samples[self.cost.step_of(more)]
+        self._trial_in -= 1
+        if self._trial_in > 0 and (tried or not self._in_target(more)):
+            return  # but what was never tried is tried at once: a slow model's runs are precious
+        is_fresh = tried < _TRIAL_SAMPLES
         if not is_fresh:
             self._every = min(self._every * 2, _MOST_RUNS)
         self._trial_in = self._every

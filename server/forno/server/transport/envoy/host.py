@@ -155,7 +155,11 @@ class EnvoyHost:
                 method = self._methods[call.method]
                 if split is not None and method.hot is not None:
                     reply = self._live[call] = HotReply(self, call, method)
-                    if method.hot(message, *split, call.deadline_us, reply):
+                    try:
+                        if method.hot(message, *split, call.deadline_us, reply):
+                            continue
+                    except Exception as error:  # noqa: BLE001  (the calls behind it must not suffer)
+                        reply.set_exception(error)
                         continue
                 context = Context(call, method.decode, method.encode)
                 if method.handler.request_streaming or method.handler.response_streaming:
