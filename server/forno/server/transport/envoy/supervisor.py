@@ -194,7 +194,7 @@ def serve_inside(
     ours, theirs = socket.socketpair()
     os.set_inheritable(theirs.fileno(), True)
     argument = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude_unset=True),  # what was not set may be tuned
         "paths": list(paths),
         "address": f"{host}:{port}",
         "control": theirs.fileno(),
