@@ -15,7 +15,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all soak check format proto bench install clean
+.PHONY: help run test test-all soak check sanitize format proto bench install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ check: $(STAMP)  ## style, types, architecture, contract (AGAINST=revision to co
 format: $(STAMP)  ## put every file into the house's form
 	@$(BIN)/ruff check -q --fix-only .
 	@$(BIN)/ruff format -q .
+
+sanitize:  ## the native module's streams under address, undefined-behaviour and thread sanitizers
+	@bash tools/sanitize.sh
 
 proto: $(STAMP)  ## generate the stubs and the transcoder's descriptor set anew
 	@$(BIN)/python tools/generate.py
