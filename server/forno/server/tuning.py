@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _NEAR_BEST = 0.98
 """Fewer rows are preferred when they cost no more than this share of the rate: everyone waits less."""
+_WORTH_GROWING = 1.03
+_WORTH_SHRINKING = 0.99
+"""What the rate of another cap must be, as a share of the present one's, before it is taken."""
 _AROUND_US = 200
 """What a batch may cost around its run: closing it, handing it over to a thread and back, answering."""
 _REVIEW_RUNS = 64
@@ -119,7 +122,14 @@ class Tuner:
         if not rates:
             return 1 if self._target_us and self.cost.known else self._settled
         best = max(rate for _, rate in rates)
-        return next(rows for rows, rate in rates if rate >= best * _NEAR_BEST)
+        cap, rate = next((rows, rate) for rows, rate in rates if rate >= best * _NEAR_BEST)
+        settled = dict(rates).get(self._settled)
+        if settled is not None:  # samples are noisy: no change without a reason
+            if cap > self._settled and best < settled * _WORTH_GROWING:
+                return self._settled
+            if cap < self._settled and rate < settled * _WORTH_SHRINKING:
+                return self._settled
+        return cap
 
     def _best_delay_us(self) -> int:
         """Until the batch is likely full, within the target; 0 where runs of few rows do as well."""
