@@ -198,8 +198,6 @@ CASES = [
         "BadRequest",
         [b"abc"],
         fails("INTERNAL", "the request is not a message of the type that this method takes: 3 bytes are no message"),
-        on_grpc={"code": "UNKNOWN", "details": unexpected("ValueError", "3 bytes are no message")},
-        why="gRPC's table of status codes says INTERNAL for a message that cannot be read",
     ),
     Case(
         "a response that cannot be encoded",

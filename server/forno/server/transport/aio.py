@@ -99,10 +99,20 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
                 else grpc.unary_unary_rpc_method_handler
             )
 
+        # Decoded here where it can be: grpc.aio answers UNKNOWN to what is no message, Envoy's host INTERNAL.
+        decode = None if handler.request_streaming else handler.request_deserializer
+
+        async def decoded(request: Any, context: Any) -> Any:
+            try:
+                return decode(request) if decode else request
+            except Exception as error:  # noqa: BLE001  (whatever the parser raised)
+                text = f"the request is not a message of the type that this method takes: {error}"
+                await context.abort(grpc.StatusCode.INTERNAL, text)
+
         async def call(request: Any, context: Any) -> Any:
             name = ""
             try:
-                return await behavior(request, context)
+                return await behavior(await decoded(request, context), context)
             except BaseException as error:
                 name = _error_name(error, context)
                 raise
@@ -112,7 +122,7 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
             name = ""
             try:
-                async for response in behavior(request, context):
+                async for response in behavior(await decoded(request, context), context):
                     yield response
             except BaseException as error:
                 name = _error_name(error, context)
@@ -122,7 +132,7 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
 
         return make(
             generate if inspect.isasyncgenfunction(behavior) else call,
-            handler.request_deserializer,
+            None if decode else handler.request_deserializer,
             handler.response_serializer,
         )
 
