@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from bench import chart, report
+from forno.server.clock import clock_us
 from forno.server.config import ModelSettings
 from forno.server.engines import open_engine
 from forno.server.errors import FornoError
 from forno.server.metrics import Metrics
-from forno.server.model import Model, clock_us
+from forno.server.model import Model
 from forno.server.request import Request
 
 if TYPE_CHECKING:

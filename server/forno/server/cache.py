@@ -26,9 +26,10 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from forno.server.clock import clock_us
 from forno.server.errors import ConfigError, DeadlineExceeded, EngineFailed, FornoError, Overloaded
 from forno.server.metrics import CACHE_RESULTS
-from forno.server.model import Model, ModelState, clock_us
+from forno.server.model import Model, ModelState
 from forno.server.request import NEVER_US, Answer, Request
 from forno.server.warmup import WarmUp, unrepeatable
 from forno.v1.tensors import OBJECT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forno.server.batcher import Batcher
+from forno.server.clock import clock_us
 from forno.server.engines import engine_name, open_engine
 from forno.server.errors import ConfigError, FornoError, InvalidArgument, NotReady
 from forno.server.proof import proven
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("forno.model")
 
 _MOST_FITS = 4096
-
-
-def clock_us() -> int:
-    """Monotonic time in microseconds."""
-    return time.monotonic_ns() // 1000
 
 
 class ModelState(Enum):

@@ -32,18 +32,10 @@ class Registry:
             NotFound: There is none of that name, version or label.
             NotReady: There is one, but it cannot serve now.
         """
-        versions = self._versions.get(name)
-        if versions is None:
-            raise self._unknown(name)
-        if version or label:
-            model = self._exactly(name, versions, version, label)
-            if model.state is ModelState.READY:
-                return model
-            raise model.not_ready()
-        for model in versions:
-            if model.state is ModelState.READY:
-                return model
-        raise versions[0].not_ready()
+        model = self.find(name, version, label)
+        if model.state is ModelState.READY:
+            return model
+        raise model.not_ready()
 
     def find(self, name: str, version: str = "", label: str = "") -> Model:
         """As `get`, but also a model that is not ready.

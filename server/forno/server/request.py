@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
     RowShapes = tuple[tuple[int, ...], ...]
 
+
 NEVER_US = 1 << 62
 """An expiry that never comes."""
 

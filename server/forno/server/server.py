@@ -15,12 +15,13 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServ
 
 from forno.server import banner, endpoints
 from forno.server.cache import CachedModel
+from forno.server.clock import clock_us
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.registry import Registry
 from forno.server.servicers import tracing
 from forno.server.servicers.hot import HotPredict
-from forno.server.servicers.predictor import PredictorServicer, clock_us
+from forno.server.servicers.predictor import PredictorServicer
 from forno.server.servicers.rest import RestServicer
 from forno.server.telemetry import Telemetry
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2, rest_pb2_grpc

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
 
+from forno.server.clock import clock_us
 from forno.server.endpoints import Payload
 from forno.server.errors import InvalidArgument
 from forno.server.request import NEVER_US, Request
@@ -32,11 +32,6 @@ MAX_REQUEST_ID_LENGTH = 128
 MAX_PRIORITY = 100
 MAX_STREAM_IN_FLIGHT = 256
 """Requests of one stream that may be on their way; the stream is not read further until one is answered."""
-
-
-def clock_us() -> int:
-    """Monotonic microseconds."""
-    return time.monotonic_ns() // 1000
 
 
 class PredictorServicer(predictor_pb2_grpc.PredictorServicer):

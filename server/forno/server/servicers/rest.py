@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from google.api.httpbody_pb2 import HttpBody
 
+from forno.server.clock import clock_us
 from forno.server.endpoints import Payload, call, json_body, json_inputs, json_outputs
 from forno.server.endpoints.json_values import Place
 from forno.server.endpoints.payload import UNTOLD, is_json
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 _SELECTORS = ("model", "version", "label")
-
-
-def clock_us() -> int:
-    """Monotonic microseconds."""
-    return time.monotonic_ns() // 1000
 
 
 class RestServicer(rest_pb2_grpc.RestServicer):
