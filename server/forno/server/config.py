@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from forno.server.sharing import LEAST_WEIGHT
+
 # Numbers are strict, so that `true` is not 1 and a quoted "8" is not 8.
 Rows = Annotated[int, Field(strict=True, ge=1, le=65536)]
 Bytes = Annotated[int, Field(strict=True, ge=1024, le=2**31 - 1)]
@@ -143,6 +145,9 @@ class ModelSettings(Settings):
     inline_below_us: Annotated[int, Field(strict=True, ge=0, le=100_000)] = 150
     """A model whose full batch ran faster than this at warm-up, in microseconds, runs on the event loop
     itself, where a hop to a thread would cost more than the run; 0 = always on a thread of its own."""
+    cpu_weight: Annotated[float, Field(strict=True, ge=LEAST_WEIGHT, le=1)] = 1.0
+    """Its share of the processor while models compete for it, against models of weight 1: 0.25 = a quarter of the time
+    that each of those gets; what nobody else wants it may use whole. Below 1, it never runs on the event loop."""
 
     @model_validator(mode="after")
     def _cached_only_if_deterministic(self) -> ModelSettings:

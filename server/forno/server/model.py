@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from forno.server.engines import engine_name, open_engine
 from forno.server.errors import ConfigError, FornoError, InvalidArgument, NotReady
 from forno.server.proof import proven
 from forno.server.shapes import plan, rows_limit
+from forno.server.sharing import weigh_this_thread
 from forno.server.signature import Signature
 from forno.server.splitting import parts_of
 from forno.server.warmup import WarmUp, warm_up
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger("forno.model")
+T = TypeVar("T")
 
 _MOST_FITS = 4096
 
@@ -125,7 +128,7 @@ class Model:
         """
         self._settled.clear()
         try:
-            engine, warm = await asyncio.to_thread(self._open)
+            engine, warm = await self._on_own_thread(self._open)
         except BaseException as error:
             self.error = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             self.state = ModelState.FAILED
@@ -199,6 +202,14 @@ class Model:
             self._metrics.padded_elements,
         )
 
+    async def _on_own_thread(self, function: Callable[[], T]) -> T:
+        """Calls it on a thread that has this model's share of the processor, as have the threads the engine starts."""
+        pool = ThreadPoolExecutor(1, f"forno loads {self}", weigh_this_thread, (self.settings.cpu_weight,))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, function)
+        finally:
+            pool.shutdown(wait=False)
+
     def _open(self) -> tuple[Engine[Any], WarmUp]:
         """The blocking part of `load`."""
         self.engine_name = engine_name(self.path, self.settings)
@@ -260,7 +271,8 @@ class Model:
             self._metrics,
             max_rows=self.max_rows,
             run_us=warm.run_us,
-            inline_below_us=self.settings.inline_below_us if warm.inline else 0,
+            inline_below_us=self.settings.inline_below_us if warm.inline and self.settings.cpu_weight == 1 else 0,
+            cpu_weight=self.settings.cpu_weight,
             clock_us=self._clock_us,
             loop=asyncio.get_running_loop(),
         )

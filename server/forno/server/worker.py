@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from forno.server.errors import EngineFailed, FornoError, NotReady
 from forno.server.request import NEVER_US, Answer
+from forno.server.sharing import weigh_this_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -73,6 +74,7 @@ class Worker:
         max_rows: Most rows of a batch.
         run_us: How long a full run took at warm-up.
         inline_below_us: Runs on the event loop while they stay near this; 0 = always on a thread.
+        cpu_weight: The thread's share of the processor, see `sharing.py`.
         clock_us: Monotonic time; called on both threads.
         loop: Where every method is called, and futures resolve.
     """
@@ -87,6 +89,7 @@ class Worker:
         max_rows: int,
         run_us: int,
         inline_below_us: int,
+        cpu_weight: float = 1.0,
         clock_us: Callable[[], int],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -96,6 +99,7 @@ class Worker:
         self._metrics = metrics
         self._clock_us = clock_us
         self._run_us = run_us
+        self._cpu_weight = cpu_weight
         self._slow_us = inline_below_us * _SLOW_FACTOR
         self._slow_runs = 0
         self._loop = loop
@@ -226,6 +230,7 @@ class Worker:
 
     def _serve(self, door: SimpleQueue[_Run | None]) -> None:
         """The engine's thread: runs what comes through the door, until None."""
+        weigh_this_thread(self._cpu_weight)
         with suppress(RuntimeError):  # the loop was closed while a run went on: nobody is left to answer to
             while (run := door.get()) is not None:
                 self._execute(run, self._clock_us())
