@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from forno.server.config import Config
 from forno.server.errors import ConfigError
 from forno.server.repository import find
-from forno.server.repository.folders import natural
+from forno.server.versions import natural
 
 
 @pytest.fixture

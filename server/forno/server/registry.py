@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import TYPE_CHECKING
 
 from forno.server.errors import NotFound
 from forno.server.model import ModelState
+from forno.server.spelling import nearest
+from forno.server.versions import natural
 
 if TYPE_CHECKING:
     from forno.server.model import Model
@@ -70,7 +70,7 @@ class Registry:
         replaced = next((other for other in others if other.version == model.version), None)
         kept = [other for other in others if other is not replaced]
         kept.append(model)
-        self._versions[model.name] = tuple(sorted(kept, key=lambda each: _age(each.version), reverse=True))
+        self._versions[model.name] = tuple(sorted(kept, key=lambda each: natural(each.version), reverse=True))
         return replaced
 
     def remove(self, name: str, version: str) -> Model:
@@ -125,15 +125,9 @@ class Registry:
         )
 
     def _unknown(self, name: str) -> NotFound:
-        near = difflib.get_close_matches(name, self._versions, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {_listed(sorted(self._versions)[:10])}"
+        near = nearest(name, self._versions)
+        hint = f"did you mean '{near}'?" if near else f"known are {_listed(sorted(self._versions)[:10])}"
         return NotFound(f"model '{name}' is unknown; {hint}")
-
-
-def _age(version: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts versions as people read them: 2 before 10, "v2" before "v10"; text before numbers."""
-    parts = re.findall(r"\d+|\D+", version)
-    return tuple([(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts])
 
 
 def _listed(names: list[str]) -> str:

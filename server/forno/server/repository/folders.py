@@ -9,6 +9,7 @@ from pathlib import Path
 
 from forno.server.errors import ConfigError
 from forno.server.spelling import listed
+from forno.server.versions import natural
 
 MODEL_SUFFIXES = (".onnx", ".ort")
 SETTINGS_FILE = "model.yaml"
@@ -65,17 +66,6 @@ def check_name(name: str, place: Path | str, what: str = "model") -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{place}: {what} name {name!r} has other characters than letters, digits, '.', '_' and '-'")
     return name
-
-
-def natural(version: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key under which 10 comes after 9, 3 after v9, and 1.0 after 1.0-rc1 and before 1.0.1."""
-    keys: list[tuple[int, int, str]] = []
-    for part in re.findall(r"\d+|\D+", version):
-        if part.isdecimal():
-            keys.append((2, int(part), ""))
-        else:
-            keys.append((-1 if part.startswith("-") else 1, 0, part))
-    return (*keys, (0, 0, ""))
 
 
 def _look_in(folder: Path) -> list[Found]:
