@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from tests.unit import puppets
 from forno.server.batcher import Batcher
 from forno.server.config import BatchingSettings
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
+from forno.server.request import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,10 +29,18 @@ def make() -> Iterator[Callable[..., Request]]:
     loop.close()
 
 
-def batcher(*, by_shape: bool = True, refused: Counter[str] | None = None, **settings: Any) -> Batcher:
+def batcher(
+    *, by_shape: bool = True, instances: int = 1, refused: Counter[str] | None = None, **settings: Any
+) -> Batcher:
     counts = Counter() if refused is None else refused
     limits = BatchingSettings(**settings)
-    return Batcher(limits, limits.max_rows, by_shape=by_shape, refused=lambda why, count: counts.update({why: count}))
+    return Batcher(
+        limits,
+        limits.max_rows,
+        by_shape=by_shape,
+        instances=instances,
+        refused=lambda why, count: counts.update({why: count}),
+    )
 
 
 def test_nothing_waits_in_an_empty_batcher():
@@ -375,6 +385,37 @@ def test_a_crowd_is_not_held_up_by_the_few_that_leave_no_time_for_a_full_batch(m
         policy.submit(each)
     assert policy.try_close(4_700).requests == crowd[:8]
     assert isinstance(tight.future.exception(), Overloaded)
+
+
+@pytest.mark.parametrize(
+    ("instances", "started_us", "free_us"),
+    [
+        (1, [], 500),
+        (1, [400], 1_400),
+        (1, [400, 0], 2_400),
+        (2, [400], 500),
+        (2, [400, 300], 1_300),
+        (2, [400, 300, 0], 1_400),
+        (2, [400, 0], 1_400),
+    ],
+)
+def test_an_engine_is_free_when_the_first_of_its_instances_is(make, instances, started_us, free_us):
+    policy = known(batcher(instances=instances), 1_000)
+    runs = [Batch([], 1, 0, policy._tuner_of(((2,),))) for _ in started_us]
+    policy.expect(zip(runs, started_us, strict=True), now_us=500)
+    assert policy.free_us == free_us
+
+
+def test_more_instances_admit_more(make):
+    def admitted(instances: int) -> int:
+        policy = known(batcher(max_rows=1, instances=instances), 1_000, 1)
+        with suppress(Overloaded):
+            for _ in range(1_000):
+                policy.submit(make(arrived_us=1, expires_us=10_000))
+        return policy.pending_requests
+
+    one, two = admitted(1), admitted(2)
+    assert 1.8 * one <= two <= 2.2 * one
 
 
 def test_a_full_queue_tells_when_it_will_have_drained(make):

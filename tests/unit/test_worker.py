@@ -125,6 +125,20 @@ def test_the_engine_gets_its_next_batch_before_answers_are_encoded():
         assert running_when_encoded == [1]
 
 
+def test_each_instance_runs_a_batch_at_once_and_the_last_closes_the_engine():
+    with Bench(threaded=True, instances=3, run_us=50_000, max_rows=1) as bench:
+        bench.engine.after = lambda: setattr(bench.clock, "now_us", bench.clock.now_us + 50_000)
+        waiting = [bench.submit(number) for number in range(5)]
+        bench.loop.turn()
+        assert (bench.worker.running_rows, bench.batcher.pending_rows) == (3, 2)
+        bench.finish_run()
+        assert (bench.worker.running_rows, bench.batcher.pending_rows) == (3, 1)
+        bench.close(grace_s=1000)
+        assert [each.future.result() for each in waiting] == [rows_of(number) for number in range(5)]
+        assert bench.engine.closed == 1
+        assert 1 <= len(bench.engine.threads) <= 3
+
+
 def test_requests_expire_behind_a_long_run():
     with Bench(threaded=True, run_us=50_000) as bench:
         bench.submit(1)

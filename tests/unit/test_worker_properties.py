@@ -40,7 +40,7 @@ steps = st.lists(
 
 @given(
     steps=steps,
-    threaded=st.booleans(),
+    instances=st.sampled_from([0, 1, 1, 2, 3]),  # 0: on the loop
     run_us=st.sampled_from([100, 50_000]),
     settings=st.fixed_dictionaries(
         {
@@ -51,11 +51,11 @@ steps = st.lists(
         }
     ),
 )
-def test_no_request_is_lost_mixed_up_or_answered_twice(steps, threaded, run_us, settings):
+def test_no_request_is_lost_mixed_up_or_answered_twice(steps, instances, run_us, settings):
     """Whatever comes in whatever order."""
     logging.getLogger("forno.model").disabled = True  # failures are wanted here
     try:
-        with Bench(threaded=threaded, run_us=run_us, **settings) as bench:
+        with Bench(threaded=instances > 0, instances=max(instances, 1), run_us=run_us, **settings) as bench:
             taken = play(bench, steps)
             bench.close(grace_s=1000)
             check(bench, taken)

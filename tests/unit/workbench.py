@@ -58,7 +58,7 @@ class WatchedBatcher(Batcher):
             with_me = rows % tuner.cap if key == request.row_shapes else 0
             if with_me + request.rows > tuner.cap:
                 with_me = 0
-            at_us += tuner.cost.drain_us(rows - with_me, tuner.cap) * AHEAD
+            at_us += tuner.cost.drain_us(rows - with_me, tuner.cap) * AHEAD / self._instances
             if key == request.row_shapes:
                 run_rows = max(tuner.cap, request.rows) if rows - with_me >= tuner.cap else with_me + request.rows
         return at_us + own.cost.safe_us(run_rows)
@@ -88,7 +88,13 @@ class Bench:
     """A worker with everything around it."""
 
     def __init__(
-        self, *, threaded: bool = False, run_us: int = 100, inline_below_us: int = 150, **settings: Any
+        self,
+        *,
+        threaded: bool = False,
+        instances: int = 1,
+        run_us: int = 100,
+        inline_below_us: int = 150,
+        **settings: Any,
     ) -> None:
         self.clock = Clock()
         self.loop = PuppetLoop(self.clock)
@@ -96,7 +102,11 @@ class Bench:
         self.metrics = RecordingMetrics()
         self.settings = BatchingSettings(**settings)
         self.batcher = WatchedBatcher(
-            self.settings, self.settings.max_rows, by_shape=True, refused=self.metrics.refused
+            self.settings,
+            self.settings.max_rows,
+            by_shape=True,
+            instances=instances,
+            refused=self.metrics.refused,
         )
         self.worker = Worker(
             "puppet",
@@ -106,6 +116,7 @@ class Bench:
             max_rows=self.settings.max_rows,
             run_us=run_us,
             inline_below_us=0 if threaded else inline_below_us,
+            instances=instances,
             clock_us=self.clock,
             loop=self.loop,
         )

@@ -15,7 +15,9 @@ AHEAD = 9 / 8
 """Batches ahead are not all full, and one that must be closed early for a deadline costs those behind it more."""
 
 
-def expected_us(groups: Iterable[Group], request: Request, tuner: Tuner, urgent_us: int, starts_us: int) -> float:
+def expected_us(
+    groups: Iterable[Group], request: Request, tuner: Tuner, urgent_us: int, starts_us: int, instances: int
+) -> float:
     """When a request that comes now is answered.
 
     Those that are ahead of it take what they typically take and a little more, its own batch what is safe; that is
@@ -27,6 +29,7 @@ def expected_us(groups: Iterable[Group], request: Request, tuner: Tuner, urgent_
         tuner: What sizes the batches of its row shape.
         urgent_us: When it is urgent.
         starts_us: When the engine is free, and what an answer needs beyond its run.
+        instances: Runs that can go on at once.
     """
     ahead_us, rows = 0.0, 0
     for group in groups:
@@ -40,15 +43,15 @@ def expected_us(groups: Iterable[Group], request: Request, tuner: Tuner, urgent_
             if before >= cap:
                 rows = max(cap - request.rows, 0)
         ahead_us += group.tuner.cost.drain_us(before, cap)
-    return starts_us + ahead_us * AHEAD + tuner.cost.safe_us(rows + request.rows)
+    return starts_us + ahead_us * AHEAD / instances + tuner.cost.safe_us(rows + request.rows)
 
 
-def makes_late_us(group: Group, request: Request, urgent_us: int, starts_us: int) -> float:
+def makes_late_us(group: Group, request: Request, urgent_us: int, starts_us: int, instances: int) -> float:
     """How late the last of its priority and row shape would be if the request overtook it; 0 if it overtakes none."""
     lane = group.lanes.get(request.priority)
     if lane is None or not lane.timed or lane.timed[-1].urgent_us <= urgent_us:
         return 0.0
     last = lane.timed[-1]
     rows = group.rows_before(request.priority, last.urgent_us) + request.rows
-    drained_us = group.tuner.cost.drain_us(rows, group.tuner.cap) * AHEAD
+    drained_us = group.tuner.cost.drain_us(rows, group.tuner.cap) * AHEAD / instances
     return starts_us + drained_us - last.answer_by_us

@@ -12,6 +12,7 @@ hopeless while it waited is refused before it runs. Without deadlines none of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from forno.server.admission import expected_us, makes_late_us
@@ -63,6 +64,7 @@ class Batcher:
         settings: The limits.
         max_rows: Most rows of a batch; 1 where the model is not batched, which makes each request its own batch.
         by_shape: Whether requests of one model can differ in their row shapes.
+        instances: Runs that can go on at once.
         refused: Told how many requests were dropped and why: "overloaded", "expired" or "cancelled".
         samples: Rows and microseconds of the first runs, made before there was a request.
     """
@@ -73,6 +75,7 @@ class Batcher:
         max_rows: int,
         *,
         by_shape: bool,
+        instances: int = 1,
         refused: Callable[[str, int], None],
         samples: Iterable[tuple[int, float]] = (),
     ) -> None:
@@ -81,6 +84,7 @@ class Batcher:
         self._max_pending_rows = settings.max_pending_rows
         self._promote_us = settings.promote_after_ms * 1000
         self._by_shape = by_shape
+        self._instances = instances
         self._refused = refused
         self._groups: dict[RowShapes, Group] = {}
         self._tuners: dict[RowShapes, Tuner] = {}
@@ -153,11 +157,13 @@ class Batcher:
                 return batch
         return None
 
-    def expect(self, running: Iterable[Batch], since_us: int) -> None:
-        """Told which batches an engine apart from the loop holds now, and since when the first of them runs."""
-        self.free_us = since_us
-        for batch in running:
-            self.free_us += int(batch.tuner.cost.typical_us(batch.rows))
+    def expect(self, running: Iterable[tuple[Batch, int]], now_us: int) -> None:
+        """Told which batches an engine apart from the loop holds now, in order, with when each started or 0."""
+        ends_us: list[int] = []
+        for batch, started_us in running:
+            starts_us = heappop(ends_us) if len(ends_us) == self._instances else started_us or now_us
+            heappush(ends_us, starts_us + int(batch.tuner.cost.typical_us(batch.rows)))
+        self.free_us = ends_us[0] if len(ends_us) == self._instances else now_us
 
     def ran(self, batch: Batch, run_us: int, now_us: int) -> None:
         """Told what a run took, failed ones left out."""
@@ -223,10 +229,10 @@ class Batcher:
             raise DeadlineExceeded("the deadline had passed when the request arrived; it did not run")
         urgent_us = min(expires_us, now_us + self._promote_us)
         starts_us = max(now_us, self.free_us) + self.lag_us
-        answered_us = expected_us(self._groups.values(), request, tuner, urgent_us, starts_us)
+        answered_us = expected_us(self._groups.values(), request, tuner, urgent_us, starts_us, self._instances)
         late_us, others_late_us = answered_us - request.answer_by_us, 0.0
         if late_us <= 0 and group is not None:
-            others_late_us = makes_late_us(group, request, urgent_us, starts_us)
+            others_late_us = makes_late_us(group, request, urgent_us, starts_us, self._instances)
         if max(late_us, others_late_us) <= 0 or (not self.pending_rows and self._is_stale(now_us)):
             return
         if others_late_us > 0:
@@ -313,7 +319,7 @@ class Batcher:
         tuner = self._tuner
         if not tuner.cost.known:
             return _RETRY_S
-        return max(tuner.cost.drain_us(self.pending_rows, tuner.cap) / 1e6, _LEAST_RETRY_S)
+        return max(tuner.cost.drain_us(self.pending_rows, tuner.cap) / self._instances / 1e6, _LEAST_RETRY_S)
 
     def _make_room(self, request: Request) -> None:
         """Lets the places of cancelled and expired requests go to a new one, or refuses it."""

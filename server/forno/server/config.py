@@ -101,7 +101,8 @@ class OnnxSettings(Settings):
     """The ONNX Runtime engine."""
 
     intra_op_threads: Annotated[int, Field(strict=True, ge=0, le=1024)] = 0
-    """Threads that share one run; 0 = all cores, or 1 where the model is found to be small at warm-up."""
+    """Threads that share one run; 0 = all cores that the other `instances` leave, or 1 where the model is found to
+    be small at warm-up."""
     spin: bool = False
     """Whether idle threads of the engine spin: lower latency, a core lost."""
 
@@ -145,6 +146,9 @@ class ModelSettings(Settings):
     inline_below_us: Annotated[int, Field(strict=True, ge=0, le=100_000)] = 150
     """A model whose full batch ran faster than this at warm-up, in microseconds, runs on the event loop
     itself, where a hop to a thread would cost more than the run; 0 = always on a thread of its own."""
+    instances: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    """Most runs at once, each on a thread of its own; they share one copy of the model. More than one pays where a
+    single run leaves cores idle. Above 1, it never runs on the event loop."""
     cpu_weight: Annotated[float, Field(strict=True, ge=LEAST_WEIGHT, le=1)] = 1.0
     """Its share of the processor while models compete for it, against models of weight 1: 0.25 = a quarter of the time
     that each of those gets; what nobody else wants it may use whole. Below 1, it never runs on the event loop."""

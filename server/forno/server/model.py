@@ -261,6 +261,7 @@ class Model:
             batching,
             self.max_rows,
             by_shape=warm.signature.batched and open_shapes,
+            instances=self.settings.instances,
             refused=self._metrics.refused,
             samples=warm.samples,
         )
@@ -272,6 +273,7 @@ class Model:
             max_rows=self.max_rows,
             run_us=warm.run_us,
             inline_below_us=self.settings.inline_below_us if warm.inline and self.settings.cpu_weight == 1 else 0,
+            instances=self.settings.instances,
             cpu_weight=self.settings.cpu_weight,
             clock_us=self._clock_us,
             loop=asyncio.get_running_loop(),

@@ -1,4 +1,4 @@
-"""The only door between the event loop and the thread that runs a model."""
+"""The only door between the event loop and the threads that run a model."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("forno.model")
 
-_SLOTS = 2
-"""One runs while the other is filled, or encoded from."""
+_SPARE_SLOTS = 1
+"""Filled, or encoded from, while the others run."""
 _INLINE_BATCHES = 2
 """Most runs in one pass of the event loop, so that it also sees to its sockets."""
 _DOORSTEP_BELOW_US = 5_000
@@ -56,15 +56,15 @@ class _Run:
     slot: Slot
     outputs: Sequence[Array] = ()
     error: Exception | None = None
-    started_us: int = 0
+    started_us: int = 0  # 0 = not yet
     ended_us: int = 0
 
 
 class Worker:
     """Takes batches from a batcher to an engine and answers to the futures that wait. Owned by one Model.
 
-    Every method is for the event loop only. Runs happen on the loop itself (`inline`) or on the one thread that this
-    object starts; ends with `close`, which also closes the engine.
+    Every method is for the event loop only. Runs happen on the loop itself (`inline`) or on the threads that this
+    object starts, one an instance; ends with `close`, which also closes the engine.
 
     Args:
         name: The model, for logs and thread names.
@@ -74,7 +74,8 @@ class Worker:
         max_rows: Most rows of a batch.
         run_us: How long a full run took at warm-up.
         inline_below_us: Runs on the event loop while they stay near this; 0 = always on a thread.
-        cpu_weight: The thread's share of the processor, see `sharing.py`.
+        instances: Most runs at once.
+        cpu_weight: Each thread's share of the processor, see `sharing.py`.
         clock_us: Monotonic time; called on both threads.
         loop: Where every method is called, and futures resolve.
     """
@@ -89,6 +90,7 @@ class Worker:
         max_rows: int,
         run_us: int,
         inline_below_us: int,
+        instances: int = 1,
         cpu_weight: float = 1.0,
         clock_us: Callable[[], int],
         loop: asyncio.AbstractEventLoop,
@@ -99,22 +101,25 @@ class Worker:
         self._metrics = metrics
         self._clock_us = clock_us
         self._run_us = run_us
+        self._instances = instances
         self._cpu_weight = cpu_weight
         self._slow_us = inline_below_us * _SLOW_FACTOR
         self._slow_runs = 0
         self._loop = loop
-        self._free = [engine.new_slot(max_rows) for _ in range(_SLOTS)]
-        self._runs: list[_Run] = []  # handed to the thread and not yet answered
+        self._free = [engine.new_slot(max_rows) for _ in range(instances + _SPARE_SLOTS)]
+        self._runs: list[_Run] = []  # handed to the threads and not yet answered, the oldest first
         self._door: SimpleQueue[_Run | None] | None = None  # None while runs are inline
         self._closed = False
         self._quiet: asyncio.Future[None] | None = None  # somebody waits for the last answer
+        self._threads = 0  # that have not ended; counted down under `_leaving`, and the last closes the engine
+        self._leaving = threading.Lock()
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._pump_is_due = False
         self._now_us = clock_us()  # when the pump became due
         self._timer: asyncio.TimerHandle | None = None
         self._timer_us = 0
-        if not inline_below_us:
-            self._start_thread()
+        if not inline_below_us or instances > 1:
+            self._start_threads()
 
     @property
     def inline(self) -> bool:
@@ -165,7 +170,8 @@ class Worker:
         if self._door is None:
             self._engine.close()
         else:
-            self._door.put(None)
+            for _ in range(self._instances):
+                self._door.put(None)
 
     def _pump_soon(self) -> None:
         self._pump_is_due = True
@@ -201,14 +207,14 @@ class Worker:
                 self._slow_runs += 1
             else:
                 log.info("%s: its runs are too long for the event loop; it has a thread of its own now", self._name)
-                self._start_thread()
+                self._start_threads()
                 break
         if self._batcher.pending_requests and not self._pump_is_due:
             self._pump_soon()
         return now_us
 
     def _hand_over(self, door: SimpleQueue[_Run | None]) -> int:
-        """Closes batches while the thread can use them, and no earlier."""
+        """Closes batches while the threads can use them, and no earlier."""
         now_us = self._clock_us()
         while self._has_room():
             batch = self._batcher.try_close(now_us)
@@ -221,20 +227,27 @@ class Worker:
         return now_us
 
     def _has_room(self) -> bool:
-        return bool(self._free) and len(self._runs) < (_SLOTS if self._run_us < _DOORSTEP_BELOW_US else 1)
+        doorstep = 1 if self._run_us < _DOORSTEP_BELOW_US else 0
+        return bool(self._free) and len(self._runs) < self._instances + doorstep
 
-    def _start_thread(self) -> None:
+    def _start_threads(self) -> None:
         self._door = SimpleQueue()
-        name = f"forno {self._name}"
-        threading.Thread(target=self._serve, args=(self._door,), name=name, daemon=True).start()
+        self._threads = self._instances
+        for number in range(1, self._threads + 1):
+            name = f"forno {self._name}" if self._threads == 1 else f"forno {self._name} {number}"
+            threading.Thread(target=self._serve, args=(self._door,), name=name, daemon=True).start()
 
     def _serve(self, door: SimpleQueue[_Run | None]) -> None:
-        """The engine's thread: runs what comes through the door, until None."""
+        """A thread of the engine: runs what comes through the door, until None."""
         weigh_this_thread(self._cpu_weight)
         with suppress(RuntimeError):  # the loop was closed while a run went on: nobody is left to answer to
             while (run := door.get()) is not None:
                 self._execute(run, self._clock_us())
                 self._loop.call_soon_threadsafe(self._completed, run)
+        with self._leaving:
+            self._threads -= 1
+            if self._threads:
+                return
         try:
             self._engine.close()
         finally:
@@ -268,9 +281,7 @@ class Worker:
         self._pump()
 
     def _expect(self, now_us: int) -> None:
-        runs = self._runs
-        since_us = (runs[0].started_us or now_us) if runs else now_us
-        self._batcher.expect([run.batch for run in runs], since_us)
+        self._batcher.expect([(run.batch, run.started_us) for run in self._runs], now_us)
 
     def _notice_lag(self, lag_us: int) -> None:
         more_us = lag_us - self._batcher.lag_us

@@ -24,9 +24,10 @@ _BY_SUFFIX = {".onnx": "onnx", ".ort": "onnx"}
 
 
 class Engine(Protocol[SlotT]):
-    """One loaded model. Owned by a Model; used by one thread at a time; ends with `close`.
+    """One loaded model. Owned by a Model; ends with `close`.
 
-    `SlotT` is the kind of slot that it makes, and the only one that it runs.
+    Several threads may call `run` at once, each with a slot of its own; all else is for one thread at a time. `SlotT`
+    is the kind of slot that it makes, and the only one that it runs.
     """
 
     name: str
@@ -83,4 +84,4 @@ def open_engine(path: Path | None, settings: ModelSettings) -> Engine[Any]:
         raise ConfigError(f"the {name} engine needs the path of a model file")
     from forno.server.engines.onnx import OnnxEngine  # noqa: PLC0415
 
-    return OnnxEngine(path, settings.onnx)
+    return OnnxEngine(path, settings.onnx, settings.instances)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class NullEngine:
-    """Output `y` is input `x`, after a delay. Owned by a Model; used by one thread at a time.
+    """Output `y` is input `x`, after a delay. Owned by a Model.
 
     Raises:
         ConfigError: The settings name no element type.

@@ -71,11 +71,12 @@ class OnnxSlot(HostSlot):
 
 
 class OnnxEngine:
-    """One ONNX model in an ONNX Runtime session. Owned by a Model; used by one thread at a time; ends with `close`.
+    """One ONNX model in an ONNX Runtime session. Owned by a Model; ends with `close`.
 
     Args:
         path: The model file; external data is found beside it.
         settings: Threads.
+        instances: Threads that will call `run` at once; each takes part in its run, so that the session needs fewer.
 
     Raises:
         ConfigError: The file is not a readable model, or takes or gives what is not a tensor of a known element type.
@@ -84,10 +85,11 @@ class OnnxEngine:
     name = "onnx"
     text_only = True
 
-    def __init__(self, path: Path, settings: OnnxSettings) -> None:
+    def __init__(self, path: Path, settings: OnnxSettings, instances: int = 1) -> None:
         self._path = path
         self._settings = settings
-        self._threads = settings.intra_op_threads or (1 if _is_small(path) else _usable_cores())
+        self._most_threads = max(1, _usable_cores() - instances + 1)
+        self._threads = settings.intra_op_threads or (1 if _is_small(path) else self._most_threads)
         self._session = self._open()
         self._binds: bool | None = None  # unknown until one run went both ways
         self.signature = _signature(self._session, path)
@@ -120,7 +122,7 @@ class OnnxEngine:
 
     def settle(self, *, small: bool) -> bool:
         """Opens the session anew if it should have another number of threads."""
-        threads = self._settings.intra_op_threads or (1 if small else _usable_cores())
+        threads = self._settings.intra_op_threads or (1 if small else self._most_threads)
         if threads == self._threads:
             return False
         self._threads = threads
