@@ -304,9 +304,10 @@ def main(argument: str) -> None:
 
 async def aio_main(target: str, max_message_bytes: int) -> None:
     """On grpc.aio, until standard input ends."""
+    from forno.server.address import Address
     from forno.server.transport.aio import AioHost
 
-    host = AioHost(target, max_message_bytes, lambda *_: None)
+    host = AioHost(Address.parse(target), max_message_bytes, lambda *_: None)
     host.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, HANDLERS),))
     host.grpc.add_registered_method_handlers(SERVICE, HANDLERS)
     port = await host.start()

@@ -56,12 +56,13 @@ class FornoServer:
         args: What to serve, and flags.
         transport: One of TRANSPORTS.
         ready: Whether to wait until every model is ready.
+        target: Where to listen; empty = on a free port.
     """
 
-    def __init__(self, *args: str | Path, transport: str = "envoy", ready: bool = True) -> None:
+    def __init__(self, *args: str | Path, transport: str = "envoy", ready: bool = True, target: str = "") -> None:
         self.transport = transport
         self.port = free_port()
-        self.target = f"127.0.0.1:{self.port}"
+        self.target = target or f"127.0.0.1:{self.port}"
         self._ready = ready
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self._command = [

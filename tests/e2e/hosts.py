@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from tests.e2e.forno_server import ROOTS, free_port
 
+from forno.server.address import Address
 from forno.server.config import Config, ServerSettings
-from forno.server.transport.envoy import bootstrap, supervisor
+from forno.server.transport.envoy import ends, supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,8 +95,8 @@ def _inside_envoy(max_message_bytes: int) -> Iterator[Host]:
     log: list[str] = []
     argument = {"control": theirs.fileno(), "max_message_bytes": max_message_bytes, "port": port}
     config = Config(server=ServerSettings(max_message_bytes=max_message_bytes))
-    end = bootstrap.ModuleEnd("conformance_service:main", json.dumps(argument))
-    envoy = supervisor.Envoy(config, "127.0.0.1", port, lambda _: end, log.append)
+    end = ends.ModuleEnd("conformance_service:main", json.dumps(argument))
+    envoy = supervisor.Envoy(config, Address("127.0.0.1", port), lambda _: end, log.append)
     try:
         envoy.start(
             {

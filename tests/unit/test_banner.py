@@ -141,11 +141,19 @@ def test_endpoints_are_called_in_the_form_of_their_codec(settings, takes, expect
     assert examples.of_endpoint("h:1", "a/b", endpoint, takes) == expected
 
 
+def test_a_server_on_a_socket_is_called_there():
+    calls = examples.of_model("unix:/run/a.sock", "spam", SPAM, rest=True)
+    assert calls.curl.startswith("curl -s --unix-socket /run/a.sock http://localhost/v1/models/spam:predict -d ")
+    assert calls.grpcurl.endswith(" -unix /run/a.sock forno.v1.Predictor/Predict")
+    assert 'Client("unix:/run/a.sock")' in calls.python
+
+
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
         ("0.0.0.0:80", "127.0.0.1:80"),
         ("[::]:80", "[::1]:80"),
+        ("unix:/run/a.sock", "unix:/run/a.sock"),
         ("10.0.0.1:80", "10.0.0.1:80"),
         ("[::1]:1", "[::1]:1"),
     ],

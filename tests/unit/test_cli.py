@@ -89,7 +89,7 @@ def test_the_version_is_told(capsys):
             ["serve", "--address", "x"],
             (
                 "forno: --address: server.address is 'x'; expected HOST:PORT with a port from 0 "
-                "to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080\n"
+                "to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080, or unix:PATH\n"
             ),
         ),
         (

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forno.server import config
-from forno.server.config import Config, ModelSettings, split_address
+from forno.server.address import Address
+from forno.server.config import Config, ModelSettings
 from forno.server.errors import ConfigError
 from forno.server.settings import Override, load, load_model, parse_set, shape
 from forno.server.settings.complaints import unknown
@@ -112,7 +113,7 @@ def test_anchors_and_merge_keys_work(written):
         (
             "server: {qqqq: 1}",
             (
-                "forno.yaml:1: server.qqqq is not a setting; server has address, transport, "
+                "forno.yaml:1: server.qqqq is not a setting; server has address, socket_access, transport, "
                 "max_message_bytes, drain_s, log_level, log_format and envoy_threads"
             ),
         ),
@@ -135,7 +136,7 @@ def test_anchors_and_merge_keys_work(written):
             "server: {address: localhost}",
             (
                 "forno.yaml:1: server.address is 'localhost'; expected HOST:PORT with a port "
-                "from 0 to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080"
+                "from 0 to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080, or unix:PATH"
             ),
         ),
         ("server: {address: }", "forno.yaml:1: server.address is empty; expected a text"),
@@ -295,17 +296,34 @@ def test_a_model_file_has_no_path(written):
 
 
 @pytest.mark.parametrize(
-    ("address", "expected"),
-    [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:80", ("::1", 80)), ("a.example:65535", ("a.example", 65535))],
+    ("text", "expected"),
+    [
+        ("127.0.0.1:0", Address("127.0.0.1", 0)),
+        ("[::1]:80", Address("::1", 80)),
+        ("a.example:65535", Address("a.example", 65535)),
+        ("unix:/run/a.sock", Address(path="/run/a.sock")),
+        ("unix:a.sock", Address(path="a.sock")),
+    ],
 )
-def test_addresses_are_split(address, expected):
-    assert split_address(address) == expected
+def test_addresses_are_read_and_written_alike(text, expected):
+    assert Address.parse(text) == expected
+    assert str(expected) == text
 
 
-@pytest.mark.parametrize("address", ["", ":80", "a", "a:", "a:x", "a:-1", "a:65536", "::1:80", "a:\u0661", "[]:1"])
-def test_other_addresses_are_refused(address):
+def test_an_absolute_socket_may_be_written_as_grpc_does():
+    assert Address.parse("unix:///run/a.sock") == Address(path="/run/a.sock")
+
+
+@pytest.mark.parametrize("text", ["", ":80", "a", "a:", "a:x", "a:-1", "a:65536", "::1:80", "a:\u0661", "[]:1"])
+def test_other_addresses_are_refused(text):
     with pytest.raises(ValueError, match="HOST:PORT"):
-        split_address(address)
+        Address.parse(text)
+
+
+@pytest.mark.parametrize("text", ["unix:", "unix:@abstract", "unix://host/a", "unix:a\0b", f"unix:/{'a' * 107}"])
+def test_other_paths_of_sockets_are_refused(text):
+    with pytest.raises(ValueError, match="unix:PATH"):
+        Address.parse(text)
 
 
 @given(st.data())

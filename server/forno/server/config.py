@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from forno.server.address import Address
 from forno.server.sharing import LEAST_WEIGHT
 
 # Numbers are strict, so that `true` is not 1 and a quoted "8" is not 8.
@@ -188,7 +189,9 @@ class ServerSettings(Settings):
     """The process: where it listens and what it allows."""
 
     address: str = "127.0.0.1:8080"
-    """HOST:PORT for gRPC and REST alike; port 0 = any free one."""
+    """HOST:PORT for gRPC and REST alike, port 0 = any free one; or unix:PATH, a Unix socket."""
+    socket_access: Literal["owner", "group", "all"] = "owner"
+    """Who may connect where `address` is a Unix socket: its owner, its group too, or everybody."""
     transport: Literal["envoy", "proxy", "grpc"] = "envoy"
     """`envoy`: servicers inside Envoy. `proxy`: plain gRPC behind a separate Envoy. `grpc`: plain gRPC
     without REST."""
@@ -203,10 +206,15 @@ class ServerSettings(Settings):
     envoy_threads: Annotated[int, Field(strict=True, ge=1, le=256)] = 1
     """Envoy worker threads."""
 
+    @property
+    def socket_mode(self) -> int:
+        """Permissions of a Unix socket that `address` names."""
+        return {"owner": 0o600, "group": 0o660, "all": 0o666}[self.socket_access]
+
     @field_validator("address")
     @classmethod
     def _listenable(cls, address: str) -> str:
-        split_address(address)
+        Address.parse(address)
         return address
 
 
@@ -234,19 +242,3 @@ class Config(Settings):
     """Named endpoints by path, such as `spam/detect`."""
     telemetry: TelemetrySettings = TelemetrySettings()
     """Traces and exported metrics."""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT; an IPv6 host stands in brackets, and comes without them.
-
-    Raises:
-        ValueError: It is not of that form; the text says what is expected.
-    """
-    host, colon, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not (host and colon and port.isascii() and port.isdecimal() and int(port) <= 65535):
-        raise ValueError("HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:8080, 0.0.0.0:80 or [::1]:8080")
-    return host, int(port)

@@ -5,6 +5,8 @@ Kept light: with servicers inside Envoy this process never imports gRPC, NumPy o
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import socket
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forno.server import logs
+from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import supervisor
 
@@ -19,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from forno.server.config import Config
-
-_MAX_PORT = 65535
 
 
 def serve(config: Config, paths: Sequence[str]) -> int:
@@ -33,19 +34,19 @@ def serve(config: Config, paths: Sequence[str]) -> int:
         ConfigError: It cannot be served as asked.
     """
     logs.configure(config.server.log_level, config.server.log_format)
-    host, port = _free_address(config.server.address)
+    address = _claimed(config.server.address)
     transport = config.server.transport
     if transport == "grpc":
-        return _run(_serve_grpc(config, paths, f"{host}:{port}"))
+        return _run(_serve_grpc(config, paths, address))
     if transport == "envoy":
         reason = supervisor.why_not_inside()
         if not reason:
-            status, message = supervisor.serve_inside(config, paths, host, port, logs.EnvoyLog().line)
+            status, message = supervisor.serve_inside(config, paths, address, logs.EnvoyLog().line)
             if message:
                 print(f"forno: {message}", file=sys.stderr)  # noqa: T201
             return status
         print(f"forno: {reason}; serving with --transport proxy instead, which is slower", file=sys.stderr)  # noqa: T201
-    return _run(_serve_proxy(config, paths, host, port))
+    return _run(_serve_proxy(config, paths, address))
 
 
 def _run(main: Coroutine[Any, Any, None]) -> int:
@@ -60,63 +61,79 @@ def _run(main: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
-async def _serve_grpc(config: Config, paths: Sequence[str], address: str) -> None:
+async def _serve_grpc(config: Config, paths: Sequence[str], address: Address) -> None:
     from forno.server.transport.aio import AioHost  # noqa: PLC0415  (heavy)
 
-    await _run_server(config, paths, address, rest=False, make=lambda count: AioHost(address, _limit(config), count))
+    def make(count: Any) -> AioHost:
+        return AioHost(address, config.server.max_message_bytes, count, config.server.socket_mode)
+
+    await _run_server(config, paths, address, rest=False, make=make)
 
 
-async def _serve_proxy(config: Config, paths: Sequence[str], host: str, port: int) -> None:
+async def _serve_proxy(config: Config, paths: Sequence[str], address: Address) -> None:
     from forno.server.transport.envoy.proxy import ProxyHost  # noqa: PLC0415  (heavy)
 
-    await _run_server(
-        config,
-        paths,
-        f"{host}:{port}",
-        rest=True,
-        make=lambda count: ProxyHost(config, host, port, count, logs.EnvoyLog().line),
-    )
+    def make(count: Any) -> ProxyHost:
+        return ProxyHost(config, address, count, logs.EnvoyLog().line)
 
-
-def _limit(config: Config) -> int:
-    return config.server.max_message_bytes
+    await _run_server(config, paths, address, rest=True, make=make)
 
 
 async def _run_server(
-    config: Config, paths: Sequence[str], address: str, *, rest: bool, make: Callable[[Any], Any]
+    config: Config, paths: Sequence[str], address: Address, *, rest: bool, make: Callable[[Any], Any]
 ) -> None:
     import asyncio  # noqa: PLC0415  (heavy)
 
     from forno.server.repository import find  # noqa: PLC0415
     from forno.server.server import Server  # noqa: PLC0415  (heavy)
 
-    server = Server(config, find([Path(path) for path in paths], config), address, rest=rest)
+    server = Server(config, find([Path(path) for path in paths], config), str(address), rest=rest)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
     await server.run(make(server.metrics.rpc))
 
 
-def _free_address(address: str) -> tuple[str, int]:
-    """HOST and PORT of a setting, with a free port for 0.
+def _claimed(text: str) -> Address:
+    """The address of a setting, with a free port for 0; what a dead server has left of a Unix socket is removed.
 
     Raises:
-        ConfigError: It is not an address, or the port cannot be listened on.
+        ConfigError: It cannot be listened on.
     """
-    host, separator, port_text = address.rpartition(":")
-    host = host.strip("[]")
-    if not separator or not host or not port_text.isdigit() or int(port_text) > _MAX_PORT:
-        raise ConfigError(f"server.address is {address!r}; expected HOST:PORT, such as 127.0.0.1:8080")
+    address = Address.parse(text)
     try:
-        family, kind, _, _, target = socket.getaddrinfo(host, int(port_text), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-            probe.listen()
-            return str(target[0]), int(probe.getsockname()[1])
+        return _claimed_path(address) if address.path else _claimed_port(address)
     except socket.gaierror:
-        raise ConfigError(f"server.address is {address!r}: there is no host {host!r}") from None
+        raise ConfigError(f"server.address is {text!r}: there is no host {address.host!r}") from None
     except OSError as error:
+        other = "path" if address.path else "port with --address HOST:PORT (port 0 = any free one)"
         raise ConfigError(
-            f"cannot listen on {address}: {(error.strerror or str(error)).lower()}; "
-            "stop what uses it, or choose another port with --address HOST:PORT (port 0 = any free one)"
+            f"cannot listen on {text}: {(error.strerror or str(error)).lower()}; "
+            f"stop what uses it, or choose another {other}"
         ) from None
+
+
+def _claimed_port(address: Address) -> Address:
+    family, kind, _, _, target = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(target)
+        probe.listen()
+        return Address(str(target[0]), int(probe.getsockname()[1]))
+
+
+def _claimed_path(address: Address) -> Address:
+    path = Path(address.path).absolute()
+    with socket.socket(socket.AF_UNIX) as probe:
+        if path.is_socket():
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()  # nobody listens: its server was killed
+            else:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        elif path.exists():
+            raise OSError(errno.EEXIST, "a file is there that is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.bind(str(path))
+    path.unlink()
+    return Address(path=str(path))

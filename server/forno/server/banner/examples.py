@@ -12,6 +12,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from forno.server.address import UNIX
 from forno.v1 import tensors
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def of_model(
     """Calls of one model.
 
     Args:
-        address: HOST:PORT that a caller can reach.
+        address: HOST:PORT that a caller can reach, or unix:PATH.
         name: The model's name.
         signature: What it takes.
         rest: Whether REST is served.
@@ -76,6 +77,8 @@ def of_model(
         "inputs": [_tensor(spec, fills[spec.name]) for spec in signature.inputs],
     }
     to, method = shlex.quote(address), "forno.v1.Predictor/Predict"
+    if address.startswith(UNIX):
+        to = f"-unix {shlex.quote(address.removeprefix(UNIX))}"
     python = (
         "from forno.client import Client\n"
         f"client = Client({_source(address)})\n"
@@ -98,8 +101,7 @@ def of_endpoint(
         case "text":
             return _curl(address, name, {settings.input.get("field", "text"): TEXT}, long=False)
         case "image":
-            url = shlex.quote(f"http://{address}/v1/{name}")
-            return f"curl -s {url} -H 'content-type: image/png' --data-binary @image.png"
+            return f"curl -s {_url(address, name)} -H 'content-type: image/png' --data-binary @image.png"
         case _:
             fills = _fills(signature, shapes)
             return _curl(address, name, _rest(signature, fills), long=_is_long(fills))
@@ -107,6 +109,8 @@ def of_endpoint(
 
 def reachable(address: str) -> str:
     """The address by which this machine is called where the server listens on all of its addresses."""
+    if address.startswith(UNIX):
+        return address
     host, _, port = address.rpartition(":")
     return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"  # noqa: S104
 
@@ -139,8 +143,15 @@ def _tensor(spec: TensorSpec, fill: _Fill) -> dict[str, Any]:
 
 
 def _curl(address: str, path: str, body: Any, *, long: bool) -> str:
-    url = shlex.quote(f"http://{address}/v1/{path}")
+    url = _url(address, path)
     return _piped(body, f"curl -s {url} -d @-") if long else f"curl -s {url} -d {shlex.quote(_json(body))}"
+
+
+def _url(address: str, path: str) -> str:
+    """The URL as curl takes it, with the socket where it is not a port that is listened on."""
+    if address.startswith(UNIX):
+        return f"--unix-socket {shlex.quote(address.removeprefix(UNIX))} {shlex.quote(f'http://localhost/v1/{path}')}"
+    return shlex.quote(f"http://{address}/v1/{path}")
 
 
 def _piped(body: Any, command: str) -> str:

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="where to listen, for gRPC and REST alike; port 0 = any free one (default 127.0.0.1:8080)",
+        help="where to listen, for gRPC and REST alike; port 0 = any free one; unix:PATH = a Unix socket "
+        "(default 127.0.0.1:8080)",
     )
     parser.add_argument(
         "--transport",

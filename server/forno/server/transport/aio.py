@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -12,6 +14,8 @@ from forno.server.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from forno.server.address import Address
 
     CountRpcs = Callable[[str, str, int], None]
 
@@ -22,19 +26,24 @@ class AioHost:
     """Servicers on `grpc.aio`. Owned by the server; event loop only; ends when `stop` returns.
 
     Args:
-        target: Where to listen: HOST:PORT, or unix:PATH.
+        address: Where to listen.
         max_message_bytes: Largest request or response message.
         count_rpcs: Told of ended calls: path, status name, how many.
+        socket_mode: Permissions of a Unix socket.
     """
 
-    def __init__(self, target: str, max_message_bytes: int, count_rpcs: CountRpcs) -> None:
-        self._target = target
+    def __init__(
+        self, address: Address, max_message_bytes: int, count_rpcs: CountRpcs, socket_mode: int = 0o600
+    ) -> None:
+        self._address = address
+        self._socket_mode = socket_mode
         self.grpc = grpc.aio.server(
             interceptors=[_CountCalls(count_rpcs)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.so_reuseport", 0),  # two servers on one port would silently share its connections
+                ("grpc.http2.max_ping_strikes", 0),  # an Envoy before it may ask every second whether it still runs
             ],
         )
         """What generated `add_XServicer_to_server` functions are given."""
@@ -48,16 +57,25 @@ class AioHost:
         Raises:
             ConfigError: The address cannot be listened on.
         """
+        umask = os.umask(0o777 & ~self._socket_mode)  # the socket is never open to more than it should be
         try:
-            port = self.grpc.add_insecure_port(self._target)
+            port = self.grpc.add_insecure_port(str(self._address))
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._target}: the port is taken, or is not ours ({error})") from None
+            raise ConfigError(f"cannot listen on {self._address}: it is taken, or is not ours ({error})") from None
+        finally:
+            os.umask(umask)
         await self.grpc.start()
-        return 0 if self._target.startswith("unix:") else port
+        return 0 if self._address.path else port
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets those in flight end, cuts off what is left after `grace_s`."""
         await self.grpc.stop(grace_s)
+        _remove(self._address.path)
+
+
+def _remove(path: str) -> None:
+    if path:
+        Path(path).unlink(missing_ok=True)
 
 
 class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone

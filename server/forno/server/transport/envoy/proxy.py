@@ -5,33 +5,29 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.transport.aio import AioHost
-from forno.server.transport.envoy import bootstrap
+from forno.server.transport.envoy.ends import ProxyEnd
 from forno.server.transport.envoy.supervisor import Envoy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from typing import Any
 
     from forno.server.config import Config
     from forno.server.transport.aio import CountRpcs
 
+_SOCKET = "servicers.sock"
+
 
 class ProxyHost:
     """A plain gRPC server on a Unix socket, and Envoy before it on the public port. Owned by the server."""
 
-    def __init__(
-        self, config: Config, host: str, port: int, count_rpcs: CountRpcs, on_log: Callable[[str], None]
-    ) -> None:
-        def end(folder: Path) -> bootstrap.RouterEnd:
-            return bootstrap.RouterEnd(folder / "servicers.sock")
-
-        self._envoy = Envoy(config, host, port, end, on_log)
-        self._aio = AioHost(
-            f"unix:{self._envoy.folder / 'servicers.sock'}", config.server.max_message_bytes, count_rpcs
-        )
+    def __init__(self, config: Config, address: Address, count_rpcs: CountRpcs, on_log: Callable[[str], None]) -> None:
+        self._envoy = Envoy(config, address, lambda folder: ProxyEnd(folder / _SOCKET), on_log)
+        inner = Address(path=str(self._envoy.folder / _SOCKET))
+        self._aio = AioHost(inner, config.server.max_message_bytes, count_rpcs)
 
     @property
     def grpc(self) -> Any:

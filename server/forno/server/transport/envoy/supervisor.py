@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 from forno.server import logs
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import bootstrap
+from forno.server.transport.envoy.ends import MODULE, ModuleEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from forno.server.address import Address
     from forno.server.config import Config
+    from forno.server.transport.envoy.ends import End
 
 INSIDE = "forno.server.transport.envoy.inside:main"
 _EXIT_WAIT_S = 10.0
@@ -35,8 +38,7 @@ class Envoy:
 
     Args:
         config: All settings.
-        host: Interface to listen on.
-        port: Port to listen on; not 0.
+        address: Where to listen; its port is not 0.
         end: Makes the end of the filter chain, given the folder for its files.
         on_log: Told of each line that Envoy logs.
     """
@@ -44,9 +46,8 @@ class Envoy:
     def __init__(
         self,
         config: Config,
-        host: str,
-        port: int,
-        end: Callable[[Path], bootstrap.ModuleEnd | bootstrap.RouterEnd],
+        address: Address,
+        end: Callable[[Path], End],
         on_log: Callable[[str], None],
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="forno-"))
@@ -54,7 +55,8 @@ class Envoy:
         self._process: subprocess.Popen[bytes] | None = None
         self._config = config
         self._on_log = on_log
-        listener = bootstrap.Listener(host, port, self._admin, config.server.max_message_bytes)
+        self._address = address
+        listener = bootstrap.Listener(address, self._admin, config.server.max_message_bytes, config.server.socket_mode)
         self._bootstrap = self._folder / "envoy.json"
         self._bootstrap.touch(mode=0o600)
         self._bootstrap.write_text(json.dumps(bootstrap.render(listener, end(self._folder))))
@@ -119,6 +121,8 @@ class Envoy:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._address.path:
+            Path(self._address.path).unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _active_requests(self) -> int:
@@ -162,7 +166,7 @@ def binary() -> str:
 
 def why_not_inside() -> str:
     """Why servicers cannot run inside Envoy here; empty where they can."""
-    if not bootstrap.MODULE.exists():
+    if not MODULE.exists():
         return "the native module was not built (no C++ compiler at installation)"
     if libpython() is None:
         return "this Python has no shared library (libpython)"
@@ -184,7 +188,7 @@ def libpython() -> str | None:
 
 
 def serve_inside(
-    config: Config, paths: Sequence[str], host: str, port: int, on_log: Callable[[str], None]
+    config: Config, paths: Sequence[str], address: Address, on_log: Callable[[str], None]
 ) -> tuple[int, str]:
     """Serves from inside Envoy until a signal, then drains.
 
@@ -196,10 +200,10 @@ def serve_inside(
     argument = {
         "config": config.model_dump(mode="json", exclude_unset=True),  # what was not set may be tuned
         "paths": list(paths),
-        "address": f"{host}:{port}",
+        "address": str(address),
         "control": theirs.fileno(),
     }
-    envoy = Envoy(config, host, port, lambda _folder: bootstrap.ModuleEnd(INSIDE, json.dumps(argument)), on_log)
+    envoy = Envoy(config, address, lambda _folder: ModuleEnd(INSIDE, json.dumps(argument)), on_log)
     signals = _Signals()
     try:
         envoy.start(

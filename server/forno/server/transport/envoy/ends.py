@@ -1,0 +1,138 @@
+"""Where Envoy's filter chain ends: in this process, or at a gRPC server behind a router.
+
+The chain before the end, its limits and the transcoder are the same everywhere (`bootstrap.py`), so that a caller
+cannot tell which end answers. The edge before several replicas has an end of its own, `forno.server.fleet.edge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+TYPES = "type.googleapis.com/envoy"
+MODULE = Path(__file__).parent / "_native.so"
+MAX_STREAM_S = 3600
+"""Longest deadline that is kept for a caller."""
+
+
+class End(Protocol):
+    """The end of the chain, as parts of Envoy's configuration."""
+
+    def filter(self) -> dict[str, Any]:
+        """The last HTTP filter."""
+
+    def routes(self) -> list[dict[str, Any]]:
+        """The routes, in the order in which they are tried."""
+
+    def clusters(self) -> list[dict[str, Any]]:
+        """What the routes lead to; nothing where the filter itself answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleEnd:
+    """Calls are carried by the native module into the interpreter of the same process."""
+
+    function: str  # "package.module:function", called on a thread of its own
+    argument: str  # what it gets
+
+    def filter(self) -> dict[str, Any]:
+        """The module."""
+        return {
+            "name": "forno",
+            "typed_config": {
+                "@type": f"{TYPES}.extensions.filters.http.dynamic_modules.v3.DynamicModuleFilter",
+                "dynamic_module_config": {"module": {"local": {"filename": str(MODULE)}}, "do_not_close": True},
+                "filter_name": "forno",
+                "filter_config": {
+                    "@type": "type.googleapis.com/google.protobuf.StringValue",
+                    "value": f"{self.function}\n{self.argument}",
+                },
+                "terminal_filter": True,
+            },
+        }
+
+    def routes(self) -> list[dict[str, Any]]:
+        """One for everything: the module itself refuses what it does not know."""
+        return [{"match": {"prefix": "/"}, "route": route("servicers")}]
+
+    def clusters(self) -> list[dict[str, Any]]:
+        """None."""
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyEnd:
+    """Calls go on to one gRPC server."""
+
+    socket: Path  # the Unix socket it listens on
+
+    def filter(self) -> dict[str, Any]:
+        """A router."""
+        return router()
+
+    def routes(self) -> list[dict[str, Any]]:
+        """One for calls."""
+        return [{"match": {"prefix": "/", "headers": [is_grpc()]}, "route": route("servicers")}, unknown_path()]
+
+    def clusters(self) -> list[dict[str, Any]]:
+        """The server."""
+        return [socket_cluster("servicers", self.socket)]
+
+
+def route(cluster: str) -> dict[str, Any]:
+    """The way of a call to a cluster.
+
+    Envoy keeps its deadline: no timer per call in Python.
+    """
+    return {
+        "cluster": cluster,
+        "timeout": "0s",
+        "max_stream_duration": {"grpc_timeout_header_max": f"{MAX_STREAM_S}s"},
+    }
+
+
+def is_grpc() -> dict[str, Any]:
+    """Matches gRPC calls, which those of REST are by now."""
+    return {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
+
+
+def unknown_path() -> dict[str, Any]:
+    """The last route: what is no gRPC call by now is no path that the transcoder knows. The module says so itself."""
+    return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": "no such path"}}}
+
+
+def router() -> dict[str, Any]:
+    """The filter that sends calls on, and adds nothing of its own to what comes back."""
+    typed = {"@type": f"{TYPES}.extensions.filters.http.router.v3.Router", "suppress_envoy_headers": True}
+    return {"name": "envoy.filters.http.router", "typed_config": typed}
+
+
+def socket_cluster(name: str, socket: Path) -> dict[str, Any]:
+    """A gRPC server on a Unix socket."""
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "circuit_breakers": {"thresholds": [{"max_pending_requests": 100_000, "max_requests": 100_000}]},
+        "typed_extension_protocol_options": http2_upstream(),
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {"pipe": {"path": str(socket)}}}}]}],
+        },
+    }
+
+
+def http2_upstream(**options: Any) -> dict[str, Any]:
+    """A cluster's `typed_extension_protocol_options`: HTTP/2 with large windows, and what `options` add."""
+    windows = {
+        "initial_stream_window_size": 1024 * 1024,
+        "initial_connection_window_size": 16 * 1024 * 1024,
+        "max_concurrent_streams": 10_000,
+    }
+    return {
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": f"{TYPES}.extensions.upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": {"http2_protocol_options": {**windows, **options}},
+        }
+    }

@@ -1,0 +1,41 @@
+"""Bodies of Envoy's own answers: plain for gRPC, JSON in the form of google.rpc.Status for REST."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What a REST caller gets where Envoy itself answers: HTTP status -> the gRPC code that stands for it in the body.
+_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 405: 12, 408: 4, 413: 8, 415: 3, 429: 8, 431: 8, 503: 14, 504: 4}
+
+
+def render() -> dict[str, Any]:
+    """The `local_reply_config` of a connection manager."""
+    plain = {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}}
+    grpc_call = {
+        "and_filter": {
+            "filters": [
+                {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}},
+                {
+                    "header_filter": {
+                        "header": {"name": "x-envoy-original-path", "present_match": True, "invert_match": True}
+                    }
+                },
+            ]
+        }
+    }
+
+    def status_is(status: int) -> dict[str, Any]:
+        value = {"default_value": status, "runtime_key": f"forno.local_reply.{status}"}
+        return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+
+    mappers: list[dict[str, Any]] = [{"filter": grpc_call, "body_format_override": plain}]
+    for status, code in _CODES.items():
+        body = {"json_format": {"code": code, "message": "%LOCAL_REPLY_BODY%", "details": []}}
+        mapper: dict[str, Any] = {"filter": status_is(status), "body_format_override": body}
+        if status == 408:
+            mapper["status_code"] = 504
+        mappers.append(mapper)
+    return {
+        "mappers": mappers,
+        "body_format": {"json_format": {"code": 13, "message": "%LOCAL_REPLY_BODY%", "details": []}},
+    }
