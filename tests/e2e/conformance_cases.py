@@ -212,6 +212,12 @@ CASES = [
         fails("UNKNOWN", unexpected("ValueError", "b'0' cannot be encoded")),
     ),
     Case(
+        "a method that the servicer leaves out",
+        "LeftOut",
+        [b""],
+        fails("UNIMPLEMENTED", ANY),
+    ),
+    Case(
         "an unknown method",
         "Nope",
         [b""],

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from forno.v1 import predictor_pb2_grpc
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
@@ -275,6 +277,7 @@ HANDLERS = {
     "ReadWriteStream": grpc.stream_stream_rpc_method_handler(read_write_stream),
     "BadRequest": grpc.unary_unary_rpc_method_handler(unary, request_deserializer=_not_decodable),
     "BadResponse": grpc.unary_unary_rpc_method_handler(unary, response_serializer=_not_encodable),
+    "LeftOut": grpc.unary_unary_rpc_method_handler(predictor_pb2_grpc.PredictorServicer().Predict),
     "BadStream": grpc.unary_stream_rpc_method_handler(server_stream, response_serializer=_not_encodable),
 }
 

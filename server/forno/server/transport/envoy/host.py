@@ -89,6 +89,8 @@ class EnvoyHost:
                 if handler.request_streaming
                 else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
             )
+            if getattr(behavior, "__module__", "").endswith("_pb2_grpc"):
+                continue  # the servicer leaves it out, and has generated code's stub: unknown methods end the same way
             generator = inspect.isasyncgenfunction(behavior)
             if not generator and not inspect.iscoroutinefunction(behavior):
                 raise TypeError(f"/{service_name}/{name} is not an async function")

@@ -178,8 +178,10 @@ def libpython() -> str | None:
     import sysconfig  # noqa: PLC0415
 
     folder, name = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME")
-    if sysconfig.get_config_var("Py_ENABLE_SHARED") and folder and name and (found := Path(folder, name)).exists():
-        return str(found)
+    if sysconfig.get_config_var("Py_ENABLE_SHARED") and folder and name:
+        found = Path(folder, name)
+        if os.access(found, os.R_OK):  # of a Python that was moved, it may be where this user cannot even look
+            return str(found)
     try:
         from find_libpython import find_libpython  # noqa: PLC0415  (only where the usual place is empty)
     except ImportError:
