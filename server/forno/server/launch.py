@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from forno.server.config import Config
+    from forno.server.repository import ModelSpec
 
 
-def serve(config: Config, paths: Sequence[str]) -> int:
-    """Serves what `config` and `paths` name until SIGINT or SIGTERM, then drains.
+def serve(config: Config, specs: Sequence[ModelSpec]) -> int:
+    """Serves models until SIGINT or SIGTERM, then drains.
 
     Returns:
         Exit status.
@@ -37,16 +38,16 @@ def serve(config: Config, paths: Sequence[str]) -> int:
     address = _claimed(config.server.address)
     transport = config.server.transport
     if transport == "grpc":
-        return _run(_serve_grpc(config, paths, address))
+        return _run(_serve_grpc(config, specs, address))
     if transport == "envoy":
         reason = supervisor.why_not_inside()
         if not reason:
-            status, message = supervisor.serve_inside(config, paths, address, logs.EnvoyLog().line)
+            status, message = supervisor.serve_inside(config, specs, address, logs.EnvoyLog().line)
             if message:
                 print(f"forno: {message}", file=sys.stderr)  # noqa: T201
             return status
         print(f"forno: {reason}; serving with --transport proxy instead, which is slower", file=sys.stderr)  # noqa: T201
-    return _run(_serve_proxy(config, paths, address))
+    return _run(_serve_proxy(config, specs, address))
 
 
 def _run(main: Coroutine[Any, Any, None]) -> int:
@@ -61,33 +62,32 @@ def _run(main: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
-async def _serve_grpc(config: Config, paths: Sequence[str], address: Address) -> None:
+async def _serve_grpc(config: Config, specs: Sequence[ModelSpec], address: Address) -> None:
     from forno.server.transport.aio import AioHost  # noqa: PLC0415  (heavy)
 
     def make(count: Any) -> AioHost:
         return AioHost(address, config.server.max_message_bytes, count, config.server.socket_mode)
 
-    await _run_server(config, paths, address, rest=False, make=make)
+    await _run_server(config, specs, address, rest=False, make=make)
 
 
-async def _serve_proxy(config: Config, paths: Sequence[str], address: Address) -> None:
+async def _serve_proxy(config: Config, specs: Sequence[ModelSpec], address: Address) -> None:
     from forno.server.transport.envoy.proxy import ProxyHost  # noqa: PLC0415  (heavy)
 
     def make(count: Any) -> ProxyHost:
         return ProxyHost(config, address, count, logs.EnvoyLog().line)
 
-    await _run_server(config, paths, address, rest=True, make=make)
+    await _run_server(config, specs, address, rest=True, make=make)
 
 
 async def _run_server(
-    config: Config, paths: Sequence[str], address: Address, *, rest: bool, make: Callable[[Any], Any]
+    config: Config, specs: Sequence[ModelSpec], address: Address, *, rest: bool, make: Callable[[Any], Any]
 ) -> None:
     import asyncio  # noqa: PLC0415  (heavy)
 
-    from forno.server.repository import find  # noqa: PLC0415
     from forno.server.server import Server  # noqa: PLC0415  (heavy)
 
-    server = Server(config, find([Path(path) for path in paths], config), str(address), rest=rest)
+    server = Server(config, specs, str(address), rest=rest)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
     await server.run(make(server.metrics.rpc))

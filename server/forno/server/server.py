@@ -154,6 +154,7 @@ class Server:
             endpoint.check()
         gc.collect()
         gc.freeze()  # what start-up has made stays; the collector need not walk it again
+        gc.enable()
 
     async def _set_health(self, *, serving: bool) -> None:
         """Tells grpc.health.v1: the whole server as "", the service, and each model by name."""

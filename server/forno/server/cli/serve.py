@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forno.server.cli import arguments as common
+from forno.server.plain import begin_apart, plain
 
 if TYPE_CHECKING:
     import argparse
+
+    from forno.server.config import Config
+    from forno.server.repository import ModelSpec
 
 DESCRIPTION = """\
 Serves models over gRPC and REST on one port until SIGINT or SIGTERM, then finishes the calls it holds."""
@@ -46,10 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: It cannot be served as asked.
     """
+    settled = begin_apart(lambda: _settle(arguments))
+
+    from forno.server.launch import serve  # noqa: PLC0415  (while the settings are read)
+
+    return serve(*settled())
+
+
+def _settle(arguments: argparse.Namespace) -> tuple[Config, list[ModelSpec]]:
+    from forno.server.repository import find  # noqa: PLC0415  (`--help` needs none of it)
+
     config, paths = common.resolve(arguments, _FLAGS)
-
-    from forno.server.launch import serve  # noqa: PLC0415  (wrong settings are told without it)
-    from forno.server.repository import find  # noqa: PLC0415
-
-    find(paths, config)  # wrong paths are told here, before a process is started that would find them again
-    return serve(config, [str(path) for path in paths])
+    return plain((config, find(paths, config)))

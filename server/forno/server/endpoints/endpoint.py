@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import string
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from forno.server.endpoints.calls import call
 from forno.server.endpoints.label import LabelWriter
 from forno.server.endpoints.payload import Reply
 from forno.server.endpoints.plain import TensorsReader, TensorsWriter
@@ -19,18 +18,15 @@ from forno.server.endpoints.settings import (
 )
 from forno.server.endpoints.text import TextReader
 from forno.server.errors import ConfigError, NotFound, NotReady
-from forno.server.request import NEVER_US, Request
+from forno.server.request import NEVER_US
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
 
     from forno.server.config import Config, EndpointSettings
     from forno.server.endpoints.payload import Payload, Reader, Writer
     from forno.server.model import Model
     from forno.server.registry import Registry
-    from forno.server.request import Answer
     from forno.server.signature import Signature
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -157,28 +153,3 @@ def check_name(name: str) -> None:
         )
     if parts[0] in _RESERVED:
         raise ConfigError(f"endpoints.{name}: names that begin with '{parts[0]}' belong to the server itself")
-
-
-async def call(
-    model: Model, arrays: Mapping[str, Array], *, expires_us: int = NEVER_US, priority: int = 0, deadline_us: int = 0
-) -> Answer:
-    """Runs a model on named arrays; cancelling it cancels the request.
-
-    Returns:
-        The answer, with outputs of its own.
-
-    Raises:
-        FornoError: Whatever a request can end with.
-    """
-    ordered = model.signature.arrange(arrays)
-    rows = model.signature.validate(ordered)
-    future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-    model.submit(
-        Request(ordered, rows, _own, future, expires_us=expires_us, priority=priority, deadline_us=deadline_us)
-    )
-    return await future
-
-
-def _own(answer: Answer) -> Answer:
-    """The answer with copies of its outputs, which may be views into a slot."""
-    return replace(answer, outputs=tuple([output.copy() for output in answer.outputs]))

@@ -9,7 +9,7 @@ from forno.v1 import model_pb2, tensors
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forno.server.endpoints import Endpoint
+    from forno.server.endpoints.endpoint import Endpoint
     from forno.server.model import Model
     from forno.server.registry import Registry
     from forno.server.signature import TensorSpec

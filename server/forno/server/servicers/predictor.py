@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import grpc
     import numpy as np
 
-    from forno.server.endpoints import Endpoint
+    from forno.server.endpoints.endpoint import Endpoint
     from forno.server.model import Model
     from forno.server.registry import Registry
     from forno.server.request import Answer

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import grpc
     import numpy as np
 
-    from forno.server.endpoints import Endpoint
+    from forno.server.endpoints.endpoint import Endpoint
     from forno.server.endpoints.json_body import Body
     from forno.server.metrics import Metrics
     from forno.server.model import Model

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from forno.server.endpoints import Endpoint
+    from forno.server.endpoints.endpoint import Endpoint
 
 _log = logging.getLogger(__name__)
 

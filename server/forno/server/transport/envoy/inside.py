@@ -1,30 +1,33 @@
 """The interpreter's side of a server in Envoy: what runs on the thread that the native module starts.
 
-The supervisor (`supervisor.py`), in the process that started Envoy, and this side talk over one socket pair, a line a
-message: "ready", "failed TEXT" and "drained" come from here, "drain" from there. If the supervisor dies, the socket
-closes, and this side drains and ends Envoy too: no orphan is left.
+The supervisor (`supervisor.py`), in the process that started Envoy, and this side talk over one socket pair. First
+comes what to serve, from there; then a line a message: "ready", "failed TEXT" and "drained" come from here, "drain"
+from there. If the supervisor dies, the socket closes, and this side drains and ends Envoy too: no orphan is left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import uvloop
 
 from forno.server import logs
-from forno.server.config import Config
 from forno.server.errors import ConfigError
-from forno.server.repository import find
 from forno.server.server import Server
 from forno.server.transport.envoy.host import EnvoyHost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forno.server.config import Config
+    from forno.server.repository import ModelSpec
 
 log = logging.getLogger("forno")
 
@@ -49,20 +52,20 @@ class _InEnvoy:
             await self.grpc.wait_idle()
 
 
-def main(argument: str) -> None:
-    """Runs a server until it is told to stop. Called by the native module.
+def main(descriptor: int) -> None:
+    """Runs a server until it is told to stop.
 
     Args:
-        argument: JSON: `config`, `paths`, `address`, and `control`, the descriptor of the socket pair.
+        descriptor: This side's end of the socket pair.
     """
-    given = json.loads(argument)
-    control = socket.socket(fileno=given["control"])
-    sys.argv = ["forno", "serve", *given["paths"]]
-    uvloop.run(_serve(given, control))
+    control = socket.socket(fileno=descriptor)
+    sys.argv = ["forno", "serve"]
+    size = int.from_bytes(control.recv(8, socket.MSG_WAITALL), "little")
+    config, specs, address = pickle.loads(control.recv(size, socket.MSG_WAITALL))  # noqa: S301  (the supervisor's)
+    uvloop.run(_serve(config, specs, address, control))
 
 
-async def _serve(given: dict[str, Any], control: socket.socket) -> None:
-    config = Config.model_validate(given["config"])
+async def _serve(config: Config, specs: Sequence[ModelSpec], address: str, control: socket.socket) -> None:
     logs.configure(config.server.log_level, config.server.log_format)
     reader, writer = await asyncio.open_connection(sock=control)
 
@@ -71,8 +74,7 @@ async def _serve(given: dict[str, Any], control: socket.socket) -> None:
             writer.write(line.encode() + b"\n")
 
     try:
-        specs = find([Path(path) for path in given["paths"]], config)
-        server = Server(config, specs, given["address"], rest=True)
+        server = Server(config, specs, address, rest=True)
         host = EnvoyHost(config.server.max_message_bytes, server.metrics.rpc)
         watch = asyncio.create_task(_watch(reader, server, host))
         try:

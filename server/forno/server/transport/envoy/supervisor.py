@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import pickle
 import selectors
 import shutil
 import signal
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
     from forno.server.address import Address
     from forno.server.config import Config
+    from forno.server.repository import ModelSpec
     from forno.server.transport.envoy.ends import End
 
-INSIDE = "forno.server.transport.envoy.inside:main"
+INSIDE = "forno.server.transport.envoy.entry:main"
 _EXIT_WAIT_S = 10.0
 
 
@@ -190,7 +193,7 @@ def libpython() -> str | None:
 
 
 def serve_inside(
-    config: Config, paths: Sequence[str], address: Address, on_log: Callable[[str], None]
+    config: Config, specs: Sequence[ModelSpec], address: Address, on_log: Callable[[str], None]
 ) -> tuple[int, str]:
     """Serves from inside Envoy until a signal, then drains.
 
@@ -199,28 +202,32 @@ def serve_inside(
     """
     ours, theirs = socket.socketpair()
     os.set_inheritable(theirs.fileno(), True)
-    argument = {
-        "config": config.model_dump(mode="json", exclude_unset=True),  # what was not set may be tuned
-        "paths": list(paths),
-        "address": str(address),
-        "control": theirs.fileno(),
-    }
-    envoy = Envoy(config, address, lambda _folder: ModuleEnd(INSIDE, json.dumps(argument)), on_log)
+    envoy = Envoy(config, address, lambda _folder: ModuleEnd(INSIDE, str(theirs.fileno())), on_log)
     signals = _Signals()
     try:
         envoy.start(
             {
                 "LD_PRELOAD": ":".join(filter(None, (libpython(), os.environ.get("LD_PRELOAD")))),
                 "FORNO_PYTHON": sys.executable,
+                # Nothing here multiplies matrices, and each thread that could costs start-up time and memory.
+                "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1"),
             },
             keep=[theirs.fileno()],
         )
         theirs.close()
+        _hand_over(ours, (config, specs, str(address)))
         return _supervise(config, envoy, ours, signals)
     finally:
         signals.restore()
         ours.close()
         envoy.close()
+
+
+def _hand_over(control: socket.socket, what: object) -> None:
+    """Sends what `inside.py` waits for: a pickle, after its size."""
+    data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
+    with contextlib.suppress(OSError):  # it has ended already, which is seen to later
+        control.sendall(len(data).to_bytes(8, "little") + data)
 
 
 def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _Signals) -> tuple[int, str]:
@@ -241,7 +248,7 @@ def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _S
                 envoy.stop_listening()
                 draining_until = time.monotonic() + config.server.drain_s + 5.0
                 continue
-            received = control.recv(65536)
+            received = _receive(control)
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
                 if line == b"drained":
@@ -256,6 +263,13 @@ def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _S
                 return 1, f"the server ended unexpectedly (status {envoy_status})"
         if draining_until is not None and time.monotonic() >= draining_until:
             return 1, f"draining took longer than {config.server.drain_s} s; stopped"
+
+
+def _receive(control: socket.socket) -> bytes:
+    try:
+        return control.recv(65536)
+    except ConnectionResetError:  # it has ended without reading all that we sent
+        return b""
 
 
 def _exit_status(envoy: Envoy) -> int | None:
