@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": ("forno.server.cli.serve", "serve models over gRPC and REST"),
     "check": ("forno.server.cli.check", "load models, and say what would be served and how"),
+    "keys": ("forno.server.cli.keys", "make, list and remove API keys"),
     "predict": ("forno.client._command", "call a running server once"),
 }
+_EXTRAS = {"opentelemetry": "telemetry", "jwt": "security"}  # package -> the extra that brings it
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "forno":
             raise
-        extra = "telemetry" if error.name.startswith("opentelemetry") else "server"
+        extra = _EXTRAS.get(error.name.partition(".")[0], "server")
         return _fail(error, f"{error.name} is not installed; install it with: pip install 'forno[{extra}]'")
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,13 +1,17 @@
 """Every way a request can end badly, placed on its path.
 
-    decode -> look up -> validate -> queue -> run -> encode
-      |         |           |          |       |
-      |         |           |          |       +-- EngineFailed         the run itself went wrong
-      |         |           |          +---------- Overloaded           no room, or no chance to be in time
-      |         |           |          +---------- DeadlineExceeded     its time ran out before it ran
-      |         |           +--------------------- InvalidArgument      the request does not fit the signature
-      |         +--------------------------------- NotFound, NotReady   no such model; there, but not ready to serve
-      +------------------------------------------- InvalidArgument      not readable at all
+    admit -> decode -> look up -> validate -> queue -> run -> encode
+      |        |         |           |          |       |
+      |        |         |           |          |       +-- EngineFailed         the run itself went wrong
+      |        |         |           |          +---------- Overloaded           no room, or no chance to be in time
+      |        |         |           |          +---------- DeadlineExceeded     its time ran out before it ran
+      |        |         |           +--------------------- InvalidArgument      the request does not fit the signature
+      |        |         +--------------------------------- NotFound, NotReady   no such model; there, but not ready
+      |        |         +--------------------------------- PermissionDenied     not for this caller, there or not
+      |        +------------------------------------------- InvalidArgument      not readable at all
+      +---------------------------------------------------- Unauthenticated      no credential, or not a valid one
+      +---------------------------------------------------- PermissionDenied     not for this caller
+      +---------------------------------------------------- RateLimited          too many calls of this caller
 
 What each becomes on the wire is decided in one table, `servicers/status.py`. `ConfigError` never reaches a caller: it
 stops the start of the server.
@@ -52,6 +56,18 @@ class Overloaded(FornoError):
     def __init__(self, message: str, retry_after_s: float = 0.1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """The caller is over its own limit, whatever room there is."""
+
+
+class Unauthenticated(FornoError):
+    """The caller has shown no credential where one is needed, or one that is not valid."""
+
+
+class PermissionDenied(FornoError):
+    """The caller's credential does not cover this. Says nothing of whether it exists."""
 
 
 class DeadlineExceeded(FornoError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from forno.server import logs
 from forno.server.address import Address
 from forno.server.errors import ConfigError
+from forno.server.security.exposure import why_open
 from forno.server.transport.envoy import supervisor
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from forno.server.config import Config
     from forno.server.repository import ModelSpec
+    from forno.server.server import Server
 
 
 def serve(config: Config, specs: Sequence[ModelSpec]) -> int:
@@ -37,6 +39,8 @@ def serve(config: Config, specs: Sequence[ModelSpec]) -> int:
     logs.configure(config.server.log_level, config.server.log_format)
     address = _claimed(config.server.address)
     transport = config.server.transport
+    if warning := why_open(config):
+        print(f"forno: warning: {warning}", file=sys.stderr)  # noqa: T201
     if transport == "grpc":
         return _run(_serve_grpc(config, specs, address))
     if transport == "envoy":
@@ -65,8 +69,9 @@ def _run(main: Coroutine[Any, Any, None]) -> int:
 async def _serve_grpc(config: Config, specs: Sequence[ModelSpec], address: Address) -> None:
     from forno.server.transport.aio import AioHost  # noqa: PLC0415  (heavy)
 
-    def make(count: Any) -> AioHost:
-        return AioHost(address, config.server.max_message_bytes, count, config.server.socket_mode)
+    def make(server: Server) -> AioHost:
+        limit, mode = config.server.max_message_bytes, config.server.socket_mode
+        return AioHost(address, limit, server.metrics.rpc, mode, server.guard)
 
     await _run_server(config, specs, address, rest=False, make=make)
 
@@ -74,8 +79,8 @@ async def _serve_grpc(config: Config, specs: Sequence[ModelSpec], address: Addre
 async def _serve_proxy(config: Config, specs: Sequence[ModelSpec], address: Address) -> None:
     from forno.server.transport.envoy.proxy import ProxyHost  # noqa: PLC0415  (heavy)
 
-    def make(count: Any) -> ProxyHost:
-        return ProxyHost(config, address, count, logs.EnvoyLog().line)
+    def make(server: Server) -> ProxyHost:
+        return ProxyHost(config, address, server.metrics.rpc, logs.EnvoyLog().line, server.guard)
 
     await _run_server(config, specs, address, rest=True, make=make)
 
@@ -90,7 +95,7 @@ async def _run_server(
     server = Server(config, specs, str(address), rest=rest)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
-    await server.run(make(server.metrics.rpc))
+    await server.run(make(server))
 
 
 def _claimed(text: str) -> Address:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from forno.server.errors import NotFound
 from forno.server.model import ModelState
+from forno.server.security import access
 from forno.server.spelling import nearest
 from forno.server.versions import natural
 
@@ -26,23 +27,43 @@ class Registry:
         self._labels: dict[tuple[str, str], str] = {}  # (name, label) -> version
 
     def get(self, name: str, version: str = "", label: str = "") -> Model:
-        """The model that should answer: that version, the one of that label, or the newest that is ready.
+        """The model that should answer the call that runs: that version, that label's, or the newest that is ready.
 
         Raises:
+            PermissionDenied: It is not for this caller, whether or not there is one.
             NotFound: There is none of that name, version or label.
             NotReady: There is one, but it cannot serve now.
         """
-        model = self.find(name, version, label)
-        if model.state is ModelState.READY:
-            return model
-        raise model.not_ready()
+        access.check("model", name)
+        return self.resolve(name, version, label)
 
     def find(self, name: str, version: str = "", label: str = "") -> Model:
         """As `get`, but also a model that is not ready.
 
         Raises:
+            PermissionDenied: It is not for this caller, whether or not there is one.
             NotFound: There is none of that name, version or label.
         """
+        access.check("model", name)
+        return self._find(name, version, label)
+
+    def resolve(self, name: str, version: str = "", label: str = "") -> Model:
+        """As `get`, without a look at who calls: for what the server itself names, such as an endpoint's model.
+
+        Raises:
+            NotFound: There is none of that name, version or label.
+            NotReady: There is one, but it cannot serve now.
+        """
+        model = self._find(name, version, label)
+        if model.state is ModelState.READY:
+            return model
+        raise model.not_ready()
+
+    def seen(self) -> list[Model]:
+        """The models that the caller of the call that runs may know of, in the order of `models`."""
+        return [model for model in self.models() if access.sees("model", model.name)]
+
+    def _find(self, name: str, version: str, label: str) -> Model:
         versions = self._versions.get(name)
         if versions is None:
             raise self._unknown(name)
@@ -125,8 +146,9 @@ class Registry:
         )
 
     def _unknown(self, name: str) -> NotFound:
-        near = nearest(name, self._versions)
-        hint = f"did you mean '{near}'?" if near else f"known are {_listed(sorted(self._versions)[:10])}"
+        known = access.visible("model", sorted(self._versions))
+        near = nearest(name, known)
+        hint = f"did you mean '{near}'?" if near else f"known are {_listed(known[:10])}"
         return NotFound(f"model '{name}' is unknown; {hint}")
 
 

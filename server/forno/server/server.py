@@ -19,7 +19,9 @@ from forno.server.clock import clock_us
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.registry import Registry
+from forno.server.security import guard
 from forno.server.servicers import tracing
+from forno.server.servicers.health import HealthServicer
 from forno.server.servicers.hot import HotPredict
 from forno.server.servicers.predictor import PredictorServicer
 from forno.server.servicers.rest import RestServicer
@@ -87,7 +89,9 @@ class Server:
                 if version == spec.version:
                     self.registry.set_label(spec.name, label, version)
         self._endpoints = endpoints.build(config, self.registry)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.guard = guard.make(config)
+        """Admits the transport's calls; None where all may come in."""
+        self._health = HealthServicer(self.registry)
         self._stop = asyncio.Event()
 
     def stop(self) -> None:

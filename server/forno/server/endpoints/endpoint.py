@@ -75,7 +75,7 @@ class Endpoint:
         """
         settings = self._settings
         try:
-            model = self._registry.get(settings.model, settings.version, settings.label)
+            model = self._registry.resolve(settings.model, settings.version, settings.label)
         except NotReady:
             return
         except NotFound as error:
@@ -93,7 +93,7 @@ class Endpoint:
             FornoError: Whatever a request can end with.
         """
         settings = self._settings
-        model = self._registry.get(settings.model, settings.version, settings.label)
+        model = self._registry.resolve(settings.model, settings.version, settings.label)
         if self._signature is not model.signature:
             try:
                 self._fit(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from forno.server.security import access
 from forno.v1 import model_pb2, tensors
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def model(model: Model, registry: Registry, endpoints: Iterable[Endpoint]) -> mo
         state=f"MODEL_STATE_{model.state.name}",
         error=model.error,
         engine=model.engine_name,
-        endpoints=sorted(endpoint.name for endpoint in endpoints if endpoint.model_name == model.name),
+        endpoints=sorted(
+            access.visible("endpoint", (each.name for each in endpoints if each.model_name == model.name))
+        ),
     )
     if model.state.name in ("READY", "DRAINING"):
         signature = model.signature

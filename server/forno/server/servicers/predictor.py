@@ -11,6 +11,7 @@ from forno.server.clock import clock_us
 from forno.server.endpoints import Payload
 from forno.server.errors import InvalidArgument
 from forno.server.request import NEVER_US, Request
+from forno.server.security import access
 from forno.server.servicers import describe, status
 from forno.v1 import model_pb2, predictor_pb2, predictor_pb2_grpc, tensors
 
@@ -110,9 +111,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
     ) -> predictor_pb2.ListModelsResponse:
         """Describes every model."""
         try:
-            found = [
-                describe.model(model, self._registry, self._endpoints.values()) for model in self._registry.models()
-            ]
+            found = [describe.model(model, self._registry, self._endpoints.values()) for model in self._registry.seen()]
             return predictor_pb2.ListModelsResponse(models=found)
         except Exception as error:  # noqa: BLE001  (the table knows every error)
             await status.abort(context, error)
@@ -186,6 +185,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
                 await room.acquire()
                 request_id = item.request.request_id
                 try:
+                    access.next_item()
                     future = self._submit(item.request, context.time_remaining())
                 except Exception as error:  # noqa: BLE001  (concerns this request only)
                     room.release()

@@ -84,14 +84,14 @@ class RestServicer(rest_pb2_grpc.RestServicer):
     async def Ready(self, request: rest_pb2.ReadyRequest, context: Context) -> HttpBody:
         """Says that every model is ready, or ends with UNAVAILABLE and names those that are not."""
         try:
-            models = self._registry.models()
+            models = self._registry.seen()
             if not self._registry.ready():
                 waited_for = [
                     f"{model.name} {model.version} is {model.state.value}"
                     for model in models
                     if model.state is not ModelState.READY
                 ]
-                raise NotReady(f"not ready: {', '.join(waited_for)}")
+                raise NotReady(f"not ready: {', '.join(waited_for) or 'a model'}")
             states: dict[str, dict[str, str]] = {}
             for model in models:
                 states.setdefault(model.name, {})[model.version] = model.state.value

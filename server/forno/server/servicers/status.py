@@ -13,6 +13,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from forno.server import errors
+from forno.server.security import access
 from forno.server.spelling import listed, nearest
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ TABLE: dict[type, Outcome] = {
     errors.NotFound: Outcome(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.NotReady: Outcome(grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     errors.Overloaded: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    errors.RateLimited: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED"),
+    errors.Unauthenticated: Outcome(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.PermissionDenied: Outcome(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     errors.DeadlineExceeded: Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.EngineFailed: Outcome(grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
 }
@@ -86,10 +90,12 @@ def to_status(error: BaseException) -> Status:
 
 
 def trailing_metadata(error: BaseException, status: Status) -> tuple[tuple[str, str | bytes], ...]:
-    """The metadata that goes with a status: its details and, for REST, when to come back."""
+    """The metadata that goes with a status: its details and, for REST, when to come back or with what."""
     metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
     if isinstance(error, errors.Overloaded):
         metadata += (("retry-after", str(max(1, math.ceil(error.retry_after_s)))),)
+    if isinstance(error, errors.Unauthenticated):
+        metadata += (("www-authenticate", "Bearer"),)  # RFC 9110, 11.6.1: a 401 says what it wants
     return metadata
 
 
@@ -112,15 +118,17 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 
 
 def find_endpoint(endpoints: Mapping[str, Endpoint], name: str) -> Endpoint:
-    """The endpoint of a name.
+    """The endpoint of a name, for the caller of the call that runs.
 
     Raises:
-        NotFound: There is none; names the nearest, or all if they are few.
+        PermissionDenied: It is not for this caller, whether or not there is one.
+        NotFound: There is none; names the nearest that the caller may use, or all if they are few.
     """
+    access.check("endpoint", name)
     found = endpoints.get(name)
     if found is None:
-        meant = nearest(name, endpoints)
-        known = sorted(endpoints)
+        known = sorted(access.visible("endpoint", endpoints))
+        meant = nearest(name, known)
         if meant is not None:
             hint = f"did you mean '{meant}'?"
         elif len(known) <= _MAX_LISTED:

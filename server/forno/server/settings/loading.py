@@ -25,7 +25,7 @@ Tree = TypeVar("Tree", bound=Settings)
 def load(
     file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Override] = ()
 ) -> Config:
-    """All settings. Paths of models in the file are relative to the file, others to the working directory.
+    """All settings. Paths of models and of keys in the file are relative to the file, others to the working directory.
 
     Args:
         file: The settings file, if any.
@@ -40,6 +40,7 @@ def load(
     if file is not None:
         values, places = _read(file)
         _root_model_paths(values, file.parent)
+        _root_security_paths(values.get("security"), file.parent)
     for override in (*from_environment(environment or {}), *flags):
         _put(values, override.path, override.value)
         places[override.path] = override.place
@@ -61,6 +62,16 @@ def load_model(file: Path, override: ModelSettings | None = None) -> ModelSettin
     return ModelSettings.model_validate(
         _overlay(settings.model_dump(exclude_unset=True), override.model_dump(exclude_unset=True))
     )
+
+
+def load_document(file: Path, settings: type[Tree]) -> Tree:
+    """What a file of its own says, such as the keys file.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it is unknown or wrong; one line for each fault.
+    """
+    values, places = _read(file)
+    return _make(settings, values, places, str(file))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
@@ -98,6 +109,15 @@ def _root_model_paths(values: dict[str, Any], folder: Path) -> None:
     for model in models.values() if isinstance(models, dict) else ():
         if isinstance(model, dict) and isinstance(model.get("path"), str):
             model["path"] = str(folder / model["path"])
+
+
+def _root_security_paths(values: Any, folder: Path) -> None:
+    """Every `..._file` below `security`."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            _root_security_paths(value, folder)
+        elif isinstance(key, str) and key.endswith("_file") and isinstance(value, str):
+            values[key] = str(folder / value)
 
 
 def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from forno.server.errors import ConfigError
+from forno.server.errors import ConfigError, FornoError
+from forno.server.security import access, certificates
+from forno.server.security.guard import NAMES, credential_of
+from forno.server.servicers import status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from forno.server.address import Address
+    from forno.server.security.access import Principal
+    from forno.server.security.guard import Guard
 
     CountRpcs = Callable[[str, str, int], None]
 
@@ -30,15 +35,24 @@ class AioHost:
         max_message_bytes: Largest request or response message.
         count_rpcs: Told of ended calls: path, status name, how many.
         socket_mode: Permissions of a Unix socket.
+        guard: Admits calls; None = all may come in.
+        behind_envoy: Whether only our own Envoy can reach `address`, and says who calls.
     """
 
     def __init__(
-        self, address: Address, max_message_bytes: int, count_rpcs: CountRpcs, socket_mode: int = 0o600
+        self,
+        address: Address,
+        max_message_bytes: int,
+        count_rpcs: CountRpcs,
+        socket_mode: int = 0o600,
+        guard: Guard | None = None,
+        *,
+        behind_envoy: bool = False,
     ) -> None:
         self._address = address
         self._socket_mode = socket_mode
         self.grpc = grpc.aio.server(
-            interceptors=[_CountCalls(count_rpcs)],
+            interceptors=[_Calls(count_rpcs, guard, behind_envoy)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
@@ -78,11 +92,13 @@ def _remove(path: str) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
-    """Counts calls by method and status."""
+class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
+    """Admits calls, and counts them by method and status."""
 
-    def __init__(self, count_rpcs: CountRpcs) -> None:
+    def __init__(self, count_rpcs: CountRpcs, guard: Guard | None, behind_envoy: bool) -> None:
         self._count_rpcs = count_rpcs
+        self._guard = guard
+        self._behind_envoy = behind_envoy
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
@@ -120,6 +136,15 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         # Decoded here where it can be: grpc.aio answers UNKNOWN to what is no message, Envoy's host INTERNAL.
         decode = None if handler.request_streaming else handler.request_deserializer
 
+        guard = self._guard
+        need = guard.admission(path) if guard else None
+
+        async def admit(context: Any) -> None:
+            try:
+                access.CURRENT.set(self._admit(guard, need, context) if guard and need else None)
+            except FornoError as error:
+                await status.abort(context, error)
+
         async def decoded(request: Any, context: Any) -> Any:
             try:
                 return decode(request) if decode else request
@@ -130,6 +155,7 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         async def call(request: Any, context: Any) -> Any:
             name = ""
             try:
+                await admit(context)
                 return await behavior(await decoded(request, context), context)
             except BaseException as error:
                 name = _error_name(error, context)
@@ -140,6 +166,7 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
             name = ""
             try:
+                await admit(context)
                 async for response in behavior(await decoded(request, context), context):
                     yield response
             except BaseException as error:
@@ -153,6 +180,18 @@ class _CountCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
             None if decode else handler.request_deserializer,
             handler.response_serializer,
         )
+
+    def _admit(self, guard: Guard, need: str, context: Any) -> Principal:
+        """Who calls.
+
+        Raises:
+            FornoError: The call may not come in.
+        """
+        extra = ""
+        if not self._behind_envoy and (names := certificates.of_context(context.auth_context())):
+            extra = f"{NAMES}\0" + "\n".join(names) + "\0"
+        credential = credential_of(context.invocation_metadata() or (), trusted=self._behind_envoy, extra=extra)
+        return guard.admit(need, credential, context.peer())
 
 
 def _status_name(context: Any) -> str:

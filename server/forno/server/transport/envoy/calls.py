@@ -24,6 +24,7 @@ class Call(Protocol):
     method: int
     deadline_us: int
     peer: str
+    credential: str
     gone: bool
     pending_bytes: int
 

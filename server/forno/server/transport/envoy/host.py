@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from forno.server.transport.envoy import compression
+from forno.server.errors import FornoError
+from forno.server.security import access
+from forno.server.servicers import status
+from forno.server.transport.envoy import compression, metadata
 from forno.server.transport.envoy.calls import NO_LAYOUT
-from forno.server.transport.envoy.context import Aborted, Context
+from forno.server.transport.envoy.context import Aborted, Context, encode_details
 from forno.server.transport.envoy.hot import HotReply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from forno.server.security.guard import Guard
     from forno.server.transport.envoy.calls import Call, Native, Split
     from forno.server.transport.envoy.hot import HotHandler
 
@@ -46,6 +50,7 @@ class Method:
     encode: Callable[[Any], bytes]
     behavior: Callable[..., Any]
     generator: bool  # an async generator function, rather than a coroutine that writes
+    need: str | None = None  # what the guard asks of its callers; None = nothing
     hot: HotHandler | None = None  # its short way
     answered: int = 0  # plain successes since the last count
 
@@ -58,12 +63,14 @@ class EnvoyHost:
     Args:
         max_message_bytes: Largest request or response message.
         count_rpcs: Told of ended calls: path, status name, how many.
+        guard: Admits calls; None = all may come in.
     """
 
-    def __init__(self, max_message_bytes: int, count_rpcs: CountRpcs) -> None:
+    def __init__(self, max_message_bytes: int, count_rpcs: CountRpcs, guard: Guard | None = None) -> None:
         self._native: Native = importlib.import_module("_forno_envoy")
         self._max_message_bytes = max_message_bytes
         self.count_rpcs = count_rpcs
+        self._guard = guard
         self._methods: list[Method] = []
         self._live: dict[Call, _Running | HotReply] = {}
         self._uncounted: set[str] = set()
@@ -102,6 +109,7 @@ class EnvoyHost:
                     handler.response_serializer or bytes,
                     behavior,
                     generator,
+                    self._guard.admission(f"/{service_name}/{name}") if self._guard else None,
                 )
             )
 
@@ -155,6 +163,8 @@ class EnvoyHost:
                     call.send_status(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
                     continue
                 method = self._methods[call.method]
+                if self._guard and not self._admit(self._guard, method, call):
+                    continue
                 if split is not None and method.hot is not None:
                     reply = self._live[call] = HotReply(self, call, method)
                     try:
@@ -189,6 +199,21 @@ class EnvoyHost:
             else:
                 context.on_cancel()
                 self._cancel(call, running)
+
+    def _admit(self, guard: Guard, method: Method, call: Call) -> bool:
+        """Lets a call in, as the principal of what runs from here and of the task that will serve it; or refuses it."""
+        principal = None
+        if method.need is not None:
+            try:
+                principal = guard.admit(method.need, call.credential, call.peer)
+            except FornoError as error:
+                told = status.to_status(error)
+                code, trailing = status.CODES[told.code], status.trailing_metadata(error, told)
+                call.send_status(told.code, encode_details(told.message), metadata.to_wire(trailing))
+                self.count_rpcs(method.path, code.name, 1)
+                return False
+        access.CURRENT.set(principal)
+        return True
 
     def _cancel(self, call: Call, running: _Running) -> None:
         task = running.task

@@ -75,7 +75,7 @@ async def _serve(config: Config, specs: Sequence[ModelSpec], address: str, contr
 
     try:
         server = Server(config, specs, address, rest=True)
-        host = EnvoyHost(config.server.max_message_bytes, server.metrics.rpc)
+        host = EnvoyHost(config.server.max_message_bytes, server.metrics.rpc, server.guard)
         watch = asyncio.create_task(_watch(reader, server, host))
         try:
             await server.run(_InEnvoy(host), on_ready=lambda: say("ready"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from forno.server.config import Config
+    from forno.server.security.guard import Guard
     from forno.server.transport.aio import CountRpcs
 
 _SOCKET = "servicers.sock"
@@ -24,10 +25,17 @@ _SOCKET = "servicers.sock"
 class ProxyHost:
     """A plain gRPC server on a Unix socket, and Envoy before it on the public port. Owned by the server."""
 
-    def __init__(self, config: Config, address: Address, count_rpcs: CountRpcs, on_log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        address: Address,
+        count_rpcs: CountRpcs,
+        on_log: Callable[[str], None],
+        guard: Guard | None,
+    ) -> None:
         self._envoy = Envoy(config, address, lambda folder: ProxyEnd(folder / _SOCKET), on_log)
         inner = Address(path=str(self._envoy.folder / _SOCKET))
-        self._aio = AioHost(inner, config.server.max_message_bytes, count_rpcs)
+        self._aio = AioHost(inner, config.server.max_message_bytes, count_rpcs, guard=guard, behind_envoy=True)
 
     @property
     def grpc(self) -> Any:

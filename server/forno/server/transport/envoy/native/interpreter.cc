@@ -157,6 +157,7 @@ PyObject* get_pending_bytes(PyObject* self, void*) { return PyLong_FromSize_t(st
 PyObject* get_gone(PyObject* self, void*) { return PyBool_FromLong(stream_of(self).gone()); }
 PyObject* get_method(PyObject* self, void*) { return PyLong_FromLong(stream_of(self).method); }
 PyObject* get_deadline_us(PyObject* self, void*) { return PyLong_FromLongLong(stream_of(self).deadline_us); }
+PyObject* get_credential(PyObject* self, void*) { return text(stream_of(self).credential); }
 PyObject* get_peer(PyObject* self, void*) { return text(stream_of(self).peer); }
 
 PyMethodDef call_methods[] = {
@@ -173,6 +174,7 @@ PyGetSetDef call_getters[] = {{"pending_bytes", get_pending_bytes, nullptr, "Byt
                               {"gone", get_gone, nullptr, "Whether the caller has gone.", nullptr},
                               {"method", get_method, nullptr, "The number the method was registered with.", nullptr},
                               {"deadline_us", get_deadline_us, nullptr, "Monotonic microseconds; -1 without one.", nullptr},
+                              {"credential", get_credential, nullptr, "Who calls: keys and values, each with a NUL.", nullptr},
                               {"peer", get_peer, nullptr, "The caller's address.", nullptr},
                               {nullptr, nullptr, nullptr, nullptr, nullptr}};
 PyType_Slot call_slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(call_dealloc)},

@@ -51,3 +51,8 @@ bool is_transport_header(std::string_view key) {
   return key.empty() || key[0] == ':' || key == "te" || key == "content-type" || key == "grpc-timeout" ||
          key == "content-length" || key == "host";
 }
+
+bool is_credential_header(std::string_view key) {
+  return key == "authorization" || key == "x-api-key" || key == "x-forwarded-client-cert" || key == "x-forno-door" ||
+         key == "x-forno-peer";
+}

@@ -28,3 +28,6 @@ bool is_grpc_type(std::string_view content_type);
 
 // Whether a header belongs to the transport, not to the application's metadata.
 bool is_transport_header(std::string_view key);
+
+// Whether a header says who calls; the list is that of security/guard.py.
+bool is_credential_header(std::string_view key);

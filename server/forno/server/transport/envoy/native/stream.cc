@@ -67,6 +67,10 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
       if (timeout < 0) bad_timeout = value;
       if (timeout >= 0) deadline_us = now_us() + timeout;
     }
+    if (is_credential_header(key)) {
+      credential.append(key).push_back('\0');
+      credential.append(value).push_back('\0');
+    }
     if (!is_transport_header(key)) {
       metadata.append(key).push_back('\0');
       metadata.append(value).push_back('\0');

@@ -99,7 +99,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   int64_t deadline_us = -1;  // CLOCK_MONOTONIC; -1 without one
   std::string path;
   std::string peer;
-  std::string metadata;  // what the caller sent: key, NUL, value, NUL, and so on
+  std::string metadata;    // what the caller sent: key, NUL, value, NUL, and so on
+  std::string credential;  // of that, what says who calls
 
   void* call = nullptr;  // the loop's Call, borrowed; touched only with the interpreter's lock held
 

@@ -1,0 +1,300 @@
+"""The guard: who a call comes from, whether it may come in, and how often."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from forno.server.clock import clock_us as monotonic_us
+from forno.server.errors import ConfigError, Unauthenticated
+from forno.server.security import certificates, methods
+from forno.server.security.access import KEY_PREFIX, NEVER_US, Epoch, Principal
+from forno.server.security.exposure import is_loopback
+from forno.server.security.rates import Buckets, address_of
+from forno.server.security.scopes import Scopes
+from forno.server.security.watched import Watched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from forno.server.config import Config, SecuritySettings
+
+LOOK_US = 1_000_000
+"""How often files are looked at for changes."""
+
+MAX_KNOWN = 10_000
+"""Credentials whose principal is remembered; the oldest go first."""
+
+MAX_CREDENTIAL_BYTES, _MAX_ANONYMOUS_BYTES = 16 * 1024, 1024
+"""Of the text that stands for one, where it is remembered."""
+
+_FAILURES_PER_S, _FAILURES_BURST = 10.0, 100  # wrong credentials of one address, checked before any signature is
+
+AUTHORIZATION, API_KEY, FORWARDED_CERTIFICATE = "authorization", "x-api-key", "x-forwarded-client-cert"
+NAMES, PEER, DOOR = "certificate-names", "x-forno-peer", "x-forno-door"
+CREDENTIAL_KEYS = frozenset((AUTHORIZATION, API_KEY, FORWARDED_CERTIFICATE, NAMES, PEER, DOOR))
+"""Metadata keys that say who calls. The last four are set by Forno's own parts alone, and never taken from a caller:
+Envoy removes what callers send of them, and the plain gRPC server ignores it (`credential_of`)."""
+
+_OURS = CREDENTIAL_KEYS - {AUTHORIZATION, API_KEY}
+ADMIN = "admin"
+"""The value of DOOR for what came in at `security.admin_address`."""
+
+
+def credential_of(metadata: Iterable[tuple[str, str | bytes]], *, trusted: bool, extra: str = "") -> str:
+    """The part of a call's metadata that says who calls, in one text that stands for it in the guard's memory.
+
+    Args:
+        metadata: The call's.
+        trusted: Whether it comes from our own Envoy, which says in it who its caller is.
+        extra: Further "key NUL value NUL" from the transport itself.
+    """
+    found = [
+        f"{key}\0{value if isinstance(value, str) else value.decode('latin-1')}\0"
+        for key, value in metadata
+        if key in CREDENTIAL_KEYS and (trusted or key not in _OURS)
+    ]
+    return "".join(found) + extra
+
+
+class Guard:
+    """Admits calls. Owned by the server; event loop only; lives as long as it.
+
+    Args:
+        settings: What is asked for.
+        loopback: Whether the server can be reached from its own machine alone.
+        clock_us: Monotonic microseconds.
+        time_s: Seconds since 1970.
+
+    Raises:
+        ConfigError: A file cannot be read, or a scope is none.
+    """
+
+    def __init__(
+        self,
+        settings: SecuritySettings,
+        *,
+        loopback: bool,
+        clock_us: Callable[[], int] = monotonic_us,
+        time_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._clock_us = clock_us
+        self._time_s = time_s
+        self._buckets = Buckets()
+        self._failures = Buckets()
+        self._known: OrderedDict[str, Principal] = OrderedDict()
+        self._epoch = Epoch()
+        self._look_at_us = 0
+        self._keys = self._tokens = None
+        if settings.keys_file:
+            from forno.server.security import keys  # noqa: PLC0415  (10 ms of a start that has none)
+
+            self._find_key = keys.find
+            path = settings.keys_file
+            if not path.exists():
+                raise ConfigError(
+                    f"security.keys_file is {path}, where nothing is; make it with: "
+                    f"forno keys add --file {path} --name NAME --scope predict"
+                )
+            self._keys = Watched((path,), lambda: keys.read(path), str(path))
+        if settings.jwt.jwks_file:
+            from forno.server.security import tokens  # noqa: PLC0415  (an extra)
+
+            jwks = settings.jwt.jwks_file
+            self._verify = tokens.verify
+            self._tokens = Watched((jwks,), lambda: tokens.read(jwks), str(jwks))
+        self._certificates = {
+            name: _scopes(texts, f"security.certificates.{name}") for name, texts in settings.certificates.items()
+        }
+        closed = bool(self._keys or self._tokens or self._certificates)
+        self._anonymous = {
+            "": _scopes(
+                settings.anonymous
+                if settings.anonymous is not None
+                else ("health",)
+                if closed
+                else ("*",)
+                if loopback
+                else ("predict", "health", "metrics", "reflection"),
+                "security.anonymous",
+            ),
+            ADMIN: _scopes(
+                settings.admin_anonymous
+                if settings.admin_anonymous is not None
+                else ("*",)
+                if settings.admin_address and is_loopback(settings.admin_address)
+                else ("health", "metrics"),
+                "security.admin_anonymous",
+            ),
+        }
+        self._asks = closed
+        self._limited = bool(settings.rate_limit.calls_per_s)
+
+    def admission(self, path: str) -> str | None:
+        """What a method needs, for `admit`; None where everyone may call it, so that its calls need no look."""
+        need = methods.need(path)
+        if self._asks or self._limited or self._settings.admin_address:
+            return need
+        rights = ("model/", "endpoint/") if need == methods.LOOKUP else (need,)
+        return None if all(map(self._anonymous[""].grant, rights)) else need
+
+    def admit(self, need: str, credential: str, peer: str) -> Principal:
+        """Lets a call in, or not.
+
+        Args:
+            need: What its method needs, as `admission` says.
+            credential: Who calls, as `credential_of` says.
+            peer: The caller's address, as the transport tells it.
+
+        Raises:
+            Unauthenticated: No credential where one is needed, or one that is not valid.
+            PermissionDenied: The credential does not cover this method.
+            RateLimited: The caller is over its limit.
+        """
+        now_us = self._clock_us()
+        if now_us >= self._look_at_us:
+            self._look(now_us)
+        principal = self._known.get(credential)
+        if principal is None or principal.ended(now_us):
+            principal = self._identify(credential, peer, now_us)
+        if need == methods.LOOKUP:
+            if not principal.scopes.predicts:
+                raise principal.refusal("models or endpoints")
+        elif not principal.may(need):
+            raise principal.refusal(f"{need} methods")
+        bucket = principal.bucket
+        if principal.anonymous and self._limited:
+            limit = self._settings.rate_limit
+            bucket = self._buckets.of(_address(credential, peer), limit.calls_per_s, limit.burst)
+        if bucket is not None:
+            bucket.take(now_us)
+        return principal
+
+    def _look(self, now_us: int) -> None:
+        """Forgets who is who where a file has changed."""
+        self._look_at_us = now_us + LOOK_US
+        changed = [watched.refresh() for watched in (self._keys, self._tokens) if watched is not None]
+        if any(changed):
+            self._known.clear()
+            self._epoch.over, self._epoch = True, Epoch()  # streams that go on ask anew at their next item
+
+    def _identify(self, credential: str, peer: str, now_us: int) -> Principal:
+        self._known.pop(credential, None)
+        fields = credential.split("\0")
+        pairs = [*zip(fields[::2], fields[1::2], strict=False)]
+        asked = self._keys or self._tokens  # otherwise it is not for us: some callers send one everywhere
+        shown = [(key, value) for key, value in pairs if asked and key in (AUTHORIZATION, API_KEY)]
+        door = ADMIN if (DOOR, ADMIN) in pairs else ""
+        if shown:
+            # Told before anything is computed: guessing and burning our time end alike.
+            failures = self._failures.of(_address(credential, peer), _FAILURES_PER_S, _FAILURES_BURST)
+            if failures is not None:
+                failures.look(now_us)
+            try:
+                principal = self._of_header(shown, door, now_us)
+            except Unauthenticated:
+                if failures is not None:
+                    failures.take(now_us)
+                raise
+        else:
+            names = tuple(name for key, value in pairs if key == NAMES for name in value.split("\n"))
+            forwarded = [value for key, value in pairs if key == FORWARDED_CERTIFICATE]
+            if len(forwarded) == 1:
+                names = certificates.of_forwarded(forwarded[0])
+            principal = self._of_certificate(names, door) if names and self._certificates else self._nobody(door)
+        principal.again = lambda: self.admit(methods.LOOKUP, credential, peer)
+        if len(credential) > (_MAX_ANONYMOUS_BYTES if principal.anonymous else MAX_CREDENTIAL_BYTES):
+            return principal  # not remembered: what nobody has signed must not fill our memory
+        self._known[credential] = principal
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+        return principal
+
+    def _of_header(self, shown: list[tuple[str, str]], door: str, now_us: int) -> Principal:
+        values = []
+        for key, value in shown:
+            scheme, space, rest = value.partition(" ")
+            if key == AUTHORIZATION and (not space or scheme.lower() != "bearer"):
+                raise Unauthenticated("the authorization is of another kind; expected `Bearer KEY-OR-TOKEN`")
+            values.append(rest.strip() if key == AUTHORIZATION else value)
+        if len(set(values)) > 1:
+            raise Unauthenticated("there is more than one credential; expected one")
+        text = values[0]
+        if text.startswith(KEY_PREFIX) or self._tokens is None:
+            return self._of_key(text, door, now_us)
+        claims = self._verify(text, self._tokens.value, self._settings.jwt)
+        name = f"token {claims.subject or hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return self._principal(name, claims.scopes, door, self._monotonic_us(claims.expires_at_s, now_us))
+
+    def _of_key(self, text: str, door: str, now_us: int) -> Principal:
+        found = self._find_key(self._keys.value, text) if self._keys else None
+        if found is None:
+            raise Unauthenticated("the credential is not valid")
+        key_id, entry = found
+        expires_us = self._monotonic_us(entry.expires_at_s, now_us)
+        if expires_us <= now_us:
+            raise Unauthenticated("the key has expired")
+        own = (entry.calls_per_s, entry.burst) if entry.calls_per_s else None
+        return self._principal(f"key {key_id}", Scopes(entry.scopes), door, expires_us, own)
+
+    def _of_certificate(self, names: tuple[str, ...], door: str) -> Principal:
+        known = [name for name in names if name in self._certificates]
+        granted = Scopes(()) if known else self._certificates.get("*", Scopes(()))
+        for name in known:
+            granted |= self._certificates[name]
+        return self._principal(f"certificate {(known or names)[0]}", granted, door)
+
+    def _principal(
+        self, name: str, scopes: Scopes, door: str, expires_us: int = NEVER_US, own: tuple[float, int] | None = None
+    ) -> Principal:
+        limit = self._settings.rate_limit
+        bucket = self._buckets.of(name, *(own or (limit.calls_per_s, limit.burst)))
+        return Principal(
+            name,
+            self._at(door, scopes | self._anonymous[door]),
+            self._clock_us,
+            self._epoch,
+            expires_us=expires_us,
+            bucket=bucket,
+        )
+
+    def _nobody(self, door: str) -> Principal:
+        return Principal(
+            "anonymous", self._at(door, self._anonymous[door]), self._clock_us, self._epoch, anonymous=True
+        )
+
+    def _at(self, door: str, scopes: Scopes) -> Scopes:
+        """The scopes as far as this door goes: where there is an admin door, the public one leads to no such method."""
+        if door == ADMIN or not self._settings.admin_address:
+            return scopes
+        return scopes.without(methods.ADMIN_DOOR_ONLY)
+
+    def _monotonic_us(self, at_s: float | None, now_us: int) -> int:
+        return NEVER_US if at_s is None else now_us + int(min(at_s - self._time_s(), 1e9) * 1e6)
+
+
+def make(config: Config) -> Guard | None:
+    """The guard that the settings ask for; None where every call may come in.
+
+    Raises:
+        ConfigError: A file cannot be read, or a scope is none.
+    """
+    guard = Guard(config.security, loopback=is_loopback(config.server.address))
+    paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
+    return guard if any(guard.admission(path) for path in paths) else None
+
+
+def _address(credential: str, peer: str) -> str:
+    fields = credential.split("\0")
+    told = [value for key, value in zip(fields[::2], fields[1::2], strict=False) if key == PEER]
+    return address_of(told[-1] if told else peer)
+
+
+def _scopes(texts: Any, place: str) -> Scopes:
+    try:
+        return Scopes(texts)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None

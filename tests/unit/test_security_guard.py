@@ -1,0 +1,314 @@
+"""The guard: who may come in, by which door, how often, and what changes while the server runs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forno.server.config import Config
+from forno.server.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
+from forno.server.security import access, keys, methods
+from forno.server.security.exposure import why_open
+from forno.server.security.guard import Guard, credential_of, make
+from forno.server.security.rates import Bucket, Buckets, address_of
+from forno.server.security.scopes import Scopes
+from forno.server.server import Server
+
+PEER = "127.0.0.1:5000"
+SECOND_US = 1_000_000
+
+
+class Clock:
+    """Both clocks, moved by hand."""
+
+    def __init__(self):
+        self.us = SECOND_US
+
+    def __call__(self):
+        return self.us
+
+    def time_s(self):
+        return 1_800_000_000 + self.us / 1e6
+
+
+def guard_of(security: dict, clock: Clock | None = None, *, loopback: bool = True) -> Guard:
+    clock = clock or Clock()
+    settings = Config.model_validate({"security": security}).security
+    return Guard(settings, loopback=loopback, clock_us=clock, time_s=clock.time_s)
+
+
+def shown(key: str = "", **headers: str) -> str:
+    pairs = [("x-api-key", key)] if key else []
+    return credential_of([*pairs, *((name.replace("_", "-"), value) for name, value in headers.items())], trusted=True)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "keys.yaml"
+
+
+def test_without_settings_there_is_no_guard():
+    assert make(Config()) is None
+
+
+def test_every_method_of_a_server_says_what_it_needs():
+    class Host:
+        grpc = None
+        paths: set[str] = set()  # noqa: RUF012
+
+        def add_generic_rpc_handlers(self, handlers): ...
+
+        def add_registered_method_handlers(self, service, handlers):
+            self.paths |= {f"/{service}/{name}" for name in handlers}
+
+    host = Host()
+    host.grpc = host
+    Server(Config(), [], "127.0.0.1:1", rest=True, show=None)._mount(host, None)
+    assert host.paths - set(methods.NEEDS) == set()
+    assert methods.need("/some.Other/Method") == "admin"
+
+
+def test_off_loopback_without_credentials_only_administration_is_closed():
+    guard = guard_of({}, loopback=False)
+    assert {path for path in methods.NEEDS if guard.admission(path)} == set()
+    assert guard.admission("/forno.v1.Admin/Load") == "admin"
+    with pytest.raises(Unauthenticated):
+        guard.admit("admin", "", PEER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({}, False),
+        ({"server": {"address": "0.0.0.0:80"}}, True),
+        ({"server": {"address": "0.0.0.0:80"}, "security": {"keys_file": "k"}}, False),
+        ({"server": {"address": "0.0.0.0:80"}, "security": {"anonymous": ["predict"]}}, False),
+        ({"server": {"address": "[::1]:80"}}, False),
+        ({"server": {"address": "localhost:80"}}, False),
+    ],
+)
+def test_warns_where_everyone_is_answered(settings, warns):
+    assert bool(why_open(Config.model_validate(settings))) == warns
+
+
+def test_a_key_may_what_its_scopes_say(file):
+    key = keys.add(file, "web", ["predict:model/spam", "predict:endpoint/spam/*"])
+    guard = guard_of({"keys_file": str(file)})
+    principal = guard.admit("predict", shown(key), PEER)
+    assert guard.admit("predict", shown(authorization=f"bearer {key}"), PEER).name == principal.name
+    rights = ["model/spam", "endpoint/spam/detect", "health", "model/spam2", "endpoint/spam", "model/", "admin"]
+    assert [right for right in rights if principal.may(right)] == rights[:3]
+    with pytest.raises(PermissionDenied):
+        guard.admit("metrics", shown(key), PEER)
+
+
+@pytest.mark.parametrize(
+    "credential",
+    [
+        "",
+        shown("forno_00000000_x"),
+        shown("x"),
+        shown(authorization="Basic eDp5"),
+        shown(authorization="forno_1"),
+        shown("forno_1_2", authorization="Bearer forno_1_3"),
+        shown(x_forno_door="admin"),
+        shown(x_forwarded_client_cert="URI=spiffe://x"),
+    ],
+)
+def test_nobody_else_comes_in(file, credential):
+    keys.add(file, "web", ["*"])
+    guard = guard_of({"keys_file": str(file)})
+    with pytest.raises(Unauthenticated):
+        guard.admit("predict", credential, PEER)
+
+
+def test_a_changed_key_is_no_key(file):
+    key = keys.add(file, "web", ["*"])
+    guard = guard_of({"keys_file": str(file)})
+    for at in range(len(key)):
+        other = key[:at] + ("A" if key[at] != "A" else "B") + key[at + 1 :]
+        with pytest.raises((Unauthenticated, RateLimited)):
+            guard.admit("predict", shown(other), f"10.0.{at}.1:1")
+    assert guard.admit("predict", shown(key), PEER)
+
+
+def test_guesses_of_one_address_are_slowed_down(file):
+    key = keys.add(file, "web", ["*"])
+    clock = Clock()
+    guard = guard_of({"keys_file": str(file)}, clock)
+    guard.admit("predict", shown(key), PEER)
+    refusals = []
+    for number in range(150):
+        with pytest.raises((Unauthenticated, RateLimited)) as told:
+            guard.admit("predict", shown(f"forno_0_{number}"), PEER)
+        refusals.append(told.type)
+    assert refusals == [Unauthenticated] * 100 + [RateLimited] * 50
+    assert guard.admit("predict", shown(key), PEER)  # known already, and so not held up
+    clock.us += SECOND_US
+    with pytest.raises(Unauthenticated):
+        guard.admit("predict", shown("forno_0_0"), PEER)
+
+
+def test_keys_come_and_go_while_it_runs(file, caplog):
+    clock = Clock()
+    old = keys.add(file, "old", ["predict"])
+    guard = guard_of({"keys_file": str(file)}, clock)
+    principal = guard.admit("predict", shown(old), PEER)
+    new = keys.add(file, "new", ["predict:model/a"])
+    with pytest.raises(Unauthenticated):
+        guard.admit("predict", shown(new), PEER)  # it looks once a second
+    clock.us += SECOND_US
+    assert guard.admit("predict", shown(new), PEER).may("model/a")
+    assert principal.next_item().name == principal.name  # a stream goes on, under what the file says now
+    keys.remove(file, "old")
+    clock.us += SECOND_US
+    with pytest.raises(Unauthenticated):
+        guard.admit("predict", shown(old), PEER)
+    with pytest.raises(Unauthenticated):
+        principal.next_item()
+    with caplog.at_level(logging.ERROR, "forno.security"):
+        file.write_text("keys: {x: {name: 1}}")
+        clock.us += SECOND_US
+        assert guard.admit("predict", shown(new), PEER)  # what cannot be read changes nothing
+        clock.us += SECOND_US
+        guard.admit("predict", shown(new), PEER)
+    assert len(caplog.records) == 1
+
+
+def test_a_key_ends_when_its_time_has_come(file):
+    clock = Clock()
+    key = keys.add(file, "web", ["predict"], expires="2027-01-15T08:00:11Z")  # 10 s after the clock's start
+    guard = guard_of({"keys_file": str(file)}, clock)
+    principal = guard.admit("predict", shown(key), PEER)
+    clock.us += 9 * SECOND_US
+    principal.next_item()
+    clock.us += SECOND_US
+    with pytest.raises(Unauthenticated, match="expired"):
+        guard.admit("predict", shown(key), PEER)
+    with pytest.raises(Unauthenticated, match="expired"):
+        principal.next_item()
+
+
+def test_a_client_has_its_own_limit(file):
+    clock = Clock()
+    slow = keys.add(file, "slow", ["predict"], calls_per_s=1.0, burst=2)
+    plain = keys.add(file, "plain", ["predict"])
+    guard = guard_of({"keys_file": str(file), "rate_limit": {"calls_per_s": 1000}, "anonymous": ["predict"]}, clock)
+    guard.admit("predict", shown(slow), PEER)
+    principal = guard.admit("predict", shown(slow), PEER)
+    with pytest.raises(RateLimited) as told:
+        principal.next_item()
+    assert told.value.retry_after_s == 1.0
+    for _ in range(1000):
+        guard.admit("predict", shown(plain), PEER)
+        guard.admit("predict", "", "10.0.0.1:1")
+    for credential, peer in ((shown(plain), PEER), ("", "10.0.0.1:2")):
+        with pytest.raises(RateLimited):
+            guard.admit("predict", credential, peer)
+    guard.admit("predict", "", "10.0.0.2:1")
+    clock.us += SECOND_US
+    guard.admit("predict", shown(slow), PEER)
+
+
+def test_certificates_grant_by_their_names():
+    guard = guard_of(
+        {
+            "tls": {"certificate_file": "c", "key_file": "k", "client_ca_file": "a"},
+            "certificates": {"spiffe://prod/web": ["predict:model/a"], "ops": ["admin"], "*": ["metrics"]},
+        }
+    )
+    uri = 'Hash=0f;Subject="CN=ops,O=x";URI=spiffe://prod/web;DNS=a.b'
+    principal = guard.admit("predict", shown(x_forwarded_client_cert=uri), PEER)
+    assert [principal.may(right) for right in ("model/a", "admin", "metrics")] == [True, True, False]
+    assert guard.admit("metrics", shown(x_forwarded_client_cert='Subject="CN=else"'), PEER).name == "certificate else"
+    assert guard.admit("metrics", shown(certificate_names="b\nc"), PEER).name == "certificate b"
+    for wrong in ("URI=spiffe://prod/web,URI=ops", "URI", '"', "URI=a b", ""):
+        with pytest.raises((Unauthenticated, PermissionDenied)):
+            guard.admit("admin", shown(x_forwarded_client_cert=wrong), PEER)
+    # The names of our own headers mean nothing in what a caller sends.
+    assert credential_of([("x-forwarded-client-cert", uri), ("certificate-names", "ops")], trusted=False) == ""
+
+
+def test_the_admin_door(file):
+    key = keys.add(file, "all", ["*"])
+    guard = guard_of({"keys_file": str(file), "admin_address": "127.0.0.1:9000"})
+    for need in ("metrics", "reflection", "admin"):
+        with pytest.raises(PermissionDenied):
+            guard.admit(need, shown(key), PEER)
+        assert guard.admit(need, shown(key, x_forno_door="admin"), PEER)
+        assert guard.admit(need, shown(x_forno_door="admin"), PEER).anonymous
+    assert guard.admit("predict", shown(key), PEER)
+
+
+def test_names_that_a_caller_chooses_do_not_fill_the_memory(file):
+    keys.add(file, "web", ["predict"])
+    guard = guard_of({"keys_file": str(file), "anonymous": ["predict"]})
+    for number in range(20):
+        guard.admit("predict", shown(x_forno_peer=f"{'1' * 2000}{number}"), PEER)
+    assert len(guard._known) == 0
+    principal = guard.admit("predict", "", PEER)
+    for number in range(3000):
+        principal.may(f"model/{number}")
+    assert len(principal._verdicts) == 1024
+    buckets = Buckets(10)
+    for number in range(100):
+        buckets.of(str(number), 1.0, 1)
+    assert len(buckets) == 10
+
+
+def test_outside_of_calls_nothing_is_refused():
+    access.check("model", "any")
+    assert access.visible("model", ["a"]) == ["a"]
+    assert access.sees("endpoint", "b")
+    access.next_item()
+
+
+@pytest.mark.parametrize("text", ["", "predict:", "predict:model", "predict:model/", "predict:x/y", "Admin", "**"])
+def test_what_is_no_scope_is_refused(text):
+    with pytest.raises(ValueError, match="is not a scope; expected"):
+        Scopes([text])
+    with pytest.raises(ConfigError, match=r"security\.anonymous: "):
+        guard_of({"anonymous": [text]})
+
+
+def test_a_missing_keys_file_says_how_to_make_it(tmp_path):
+    with pytest.raises(ConfigError, match="forno keys add --file"):
+        guard_of({"keys_file": str(tmp_path / "none.yaml")})
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("1.2.3.4:5", "1.2.3.4"),
+        ("ipv4:1.2.3.4:5", "1.2.3.4"),
+        ("[2001:db8:1:2:3::4]:5", "2001:db8:1:2::/64"),
+        ("ipv6:%5B2001:db8:1:2:5::4%5D:5", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("[::ffff:1.2.3.4]:5", "1.2.3.4"),
+        ("1.2.3.4", "1.2.3.4"),
+        ("unix:", "unix"),
+        ("", ""),
+    ],
+)
+def test_an_address_is_one_client(peer, address):
+    assert address_of(peer) == address
+
+
+@given(
+    rate=st.floats(0.5, 1000),
+    burst=st.integers(1, 50),
+    waits_us=st.lists(st.integers(0, 2_000_000), min_size=1, max_size=200),
+)
+def test_a_bucket_never_gives_more_than_its_rate_and_burst(rate, burst, waits_us):
+    bucket, now_us, given_calls = Bucket(rate, burst), 0, 0
+    for wait_us in waits_us:
+        now_us += wait_us
+        try:
+            bucket.take(now_us)
+        except RateLimited:
+            continue
+        given_calls += 1
+    assert given_calls <= burst + rate * now_us / 1e6 + 1e-6 * len(waits_us) + 1
