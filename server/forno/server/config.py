@@ -285,7 +285,7 @@ class RateLimitSettings(Settings):
     """How often one client may call: a credential, or an address where none is asked for."""
 
     calls_per_s: Annotated[float, Field(strict=True, ge=0, le=1e9)] = 0.0
-    """Calls and stream items a second; 0 = no limit. Each replica has its own part of it."""
+    """Calls and stream items that a client may send in a second, as a mean over seconds; 0 = no limit."""
     burst: Annotated[int, Field(strict=True, ge=0, le=10**9)] = 0
     """Calls that may come at once; 0 = those of one second."""
 
