@@ -9,8 +9,6 @@ from grpc_health.v1 import health, health_pb2
 from forno.server.security import access
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     import grpc
 
     from forno.server.registry import Registry
@@ -33,10 +31,9 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc,name-defin
         """Says whether one of them serves."""
         return await super().Check(self._seen(request), context)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> AsyncIterator[Any]:
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """Says so again whenever that changes."""
-        async for response in super().Watch(self._seen(request), context):
-            yield response
+        await super().Watch(self._seen(request), context)
 
     def _seen(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckRequest:
         """The request; one that asks for nothing that exists where the caller may not know of what it names."""
