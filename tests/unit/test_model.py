@@ -75,7 +75,10 @@ def test_a_model_lives(tmp_path, inline_below_us):
         await model.close(1)
 
     run(live())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("forno")]
+    for thread in threading.enumerate():
+        if thread.name.startswith("forno"):  # told to end, and about to
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
