@@ -29,6 +29,9 @@ def test_wheel_holds_all_that_runs_and_nothing_else(root: Path, tmp_path: Path) 
         "forno/server/__init__.py",
         "forno/server/transport/envoy/forno.pb",
         "forno/kernels/__init__.py",
+        "forno/kernels/source/common.cuh",
+        "forno/kernels/source/cpu.h",
+        "forno/kernels/source/forno.cu",
         "forno/client/py.typed",
     } <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"forno"}
