@@ -66,7 +66,7 @@ def test_the_version_is_told(capsys):
     ("words", "expected"),
     [
         (["sreve"], "forno: 'sreve' is not a command; did you mean `serve`?\n"),
-        (["zebra"], "forno: 'zebra' is not a command; there are serve, check, keys, predict and help\n"),
+        (["zebra"], "forno: 'zebra' is not a command; there are serve, check, keys, predict, health and help\n"),
         (
             ["a.txt", "--address", "x"],
             "forno: a.txt is a path, expected a command; to serve it: forno serve a.txt --address x\n",

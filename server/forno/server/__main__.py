@@ -26,6 +26,7 @@ COMMANDS = {
     "check": ("forno.server.cli.check", "load models, and say what would be served and how"),
     "keys": ("forno.server.cli.keys", "make, list and remove API keys"),
     "predict": ("forno.client._command", "call a running server once"),
+    "health": ("forno.client._health", "ask a running server whether it is ready"),
 }
 _EXTRAS = {"opentelemetry": "telemetry", "jwt": "security"}  # package -> the extra that brings it
 EXIT_FAILED = 1
