@@ -7,6 +7,7 @@ STAMP := $(VENV)/installed
 EXTRAS := server,images,security,telemetry,examples,dev
 ADDRESS ?= 127.0.0.1:8080
 AGAINST ?= main
+HELM := helm.sh/helm/v3/cmd/helm@v3.22.0
 NATIVE := $(wildcard server/forno/server/transport/envoy/native/*.cc server/forno/server/transport/envoy/native/*.h)
 # uv where it is installed, for speed; pip otherwise. Both read their own usual configuration.
 UV := $(shell command -v uv 2>/dev/null)
@@ -15,7 +16,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all soak check sanitize format proto bench install clean
+.PHONY: help run test test-all soak check deploy-tools sanitize format proto bench install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -34,6 +35,14 @@ soak: $(STAMP)  ## only the slow tests
 
 check: $(STAMP)  ## style, types, architecture, contract (AGAINST=revision to compare the contract with)
 	@$(BIN)/python tools/check.py $(AGAINST)
+
+deploy-tools: $(STAMP)  ## what `make check` reads deploy/ with, into .venv; helm needs Go, promtool comes with Prometheus
+ifneq ($(UV),)
+	@$(UV) pip install -q --python $(BIN)/python -e '.[deploy]'
+else
+	@$(BIN)/python -m pip install -q -e '.[deploy]'
+endif
+	@test -x $(BIN)/helm || ! command -v go >/dev/null || GOBIN=$(CURDIR)/$(BIN) go install $(HELM)
 
 format: $(STAMP)  ## put every file into the house's form
 	@$(BIN)/ruff check -q --fix-only .

@@ -31,6 +31,7 @@ def checks(revision: str) -> dict[str, list[str]]:
         "types (mypy)": [python, "-m", "mypy", "--no-error-summary"],
         "architecture (import-linter)": [str(SCRIPTS / "lint-imports"), "--no-logo"],
         "contract (buf)": [python, "tools/check_proto.py", revision],
+        "deployment": [python, "tools/check_deploy.py"],
         "generated code": [python, "-m", "pytest", "-q", "--no-header", "tests/repo/test_generated.py"],
     }
 
