@@ -42,7 +42,9 @@ def guard_of(security: dict, clock: Clock | None = None, *, loopback: bool = Tru
 
 def shown(key: str = "", **headers: str) -> str:
     pairs = [("x-api-key", key)] if key else []
-    return credential_of([*pairs, *((name.replace("_", "-"), value) for name, value in headers.items())], trusted=True)
+    names = headers.pop("certificate_names", "")
+    pairs += [(name.replace("_", "-"), value) for name, value in headers.items()]
+    return credential_of(pairs, trusted=True, extra=f"certificate-names\0{names}\0" if names else "")
 
 
 @pytest.fixture
@@ -141,11 +143,11 @@ def test_guesses_of_one_address_are_slowed_down(file):
     guard = guard_of({"keys_file": str(file)}, clock)
     guard.admit("predict", shown(key), PEER)
     refusals = []
-    for number in range(150):
+    for number in range(1050):
         with pytest.raises((Unauthenticated, RateLimited)) as told:
             guard.admit("predict", shown(f"forno_0_{number}"), PEER)
         refusals.append(told.type)
-    assert refusals == [Unauthenticated] * 100 + [RateLimited] * 50
+    assert refusals == [Unauthenticated] * 1000 + [RateLimited] * 50
     assert guard.admit("predict", shown(key), PEER)  # known already, and so not held up
     clock.us += SECOND_US
     with pytest.raises(Unauthenticated):
@@ -229,7 +231,8 @@ def test_certificates_grant_by_their_names():
         with pytest.raises((Unauthenticated, PermissionDenied)):
             guard.admit("admin", shown(x_forwarded_client_cert=wrong), PEER)
     # The names of our own headers mean nothing in what a caller sends.
-    assert credential_of([("x-forwarded-client-cert", uri), ("certificate-names", "ops")], trusted=False) == ""
+    assert credential_of([("x-forwarded-client-cert", uri), ("x-forno-door", "admin")], trusted=False) == ""
+    assert credential_of([("certificate-names", "ops")], trusted=True) == ""
 
 
 def test_the_admin_door(file):

@@ -37,7 +37,9 @@ def serve(config: Config, specs: Sequence[ModelSpec]) -> int:
         ConfigError: It cannot be served as asked.
     """
     logs.configure(config.server.log_level, config.server.log_format)
-    address = _claimed(config.server.address)
+    address = _claimed(config.server.address, "server.address")
+    if config.security.admin_address:
+        _claimed(config.security.admin_address, "security.admin_address")
     transport = config.server.transport
     if warning := why_open(config):
         print(f"forno: warning: {warning}", file=sys.stderr)  # noqa: T201
@@ -71,7 +73,7 @@ async def _serve_grpc(config: Config, specs: Sequence[ModelSpec], address: Addre
 
     def make(server: Server) -> AioHost:
         limit, mode = config.server.max_message_bytes, config.server.socket_mode
-        return AioHost(address, limit, server.metrics.rpc, mode, server.guard)
+        return AioHost(address, limit, server.metrics.rpc, mode, server.guard, security=config.security)
 
     await _run_server(config, specs, address, rest=False, make=make)
 
@@ -98,7 +100,7 @@ async def _run_server(
     await server.run(make(server))
 
 
-def _claimed(text: str) -> Address:
+def _claimed(text: str, setting: str) -> Address:
     """The address of a setting, with a free port for 0; what a dead server has left of a Unix socket is removed.
 
     Raises:
@@ -108,7 +110,7 @@ def _claimed(text: str) -> Address:
     try:
         return _claimed_path(address) if address.path else _claimed_port(address)
     except socket.gaierror:
-        raise ConfigError(f"server.address is {text!r}: there is no host {address.host!r}") from None
+        raise ConfigError(f"{setting} is {text!r}: there is no host {address.host!r}") from None
     except OSError as error:
         other = "path" if address.path else "port with --address HOST:PORT (port 0 = any free one)"
         raise ConfigError(

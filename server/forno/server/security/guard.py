@@ -30,15 +30,17 @@ MAX_KNOWN = 10_000
 MAX_CREDENTIAL_BYTES, _MAX_ANONYMOUS_BYTES = 16 * 1024, 1024
 """Of the text that stands for one, where it is remembered."""
 
-_FAILURES_PER_S, _FAILURES_BURST = 10.0, 100  # wrong credentials of one address, checked before any signature is
+_FAILURES_PER_S, _FAILURES_BURST = 100.0, 1000  # wrong credentials of one address, checked before any signature is
 
 AUTHORIZATION, API_KEY, FORWARDED_CERTIFICATE = "authorization", "x-api-key", "x-forwarded-client-cert"
 NAMES, PEER, DOOR = "certificate-names", "x-forno-peer", "x-forno-door"
-CREDENTIAL_KEYS = frozenset((AUTHORIZATION, API_KEY, FORWARDED_CERTIFICATE, NAMES, PEER, DOOR))
-"""Metadata keys that say who calls. The last four are set by Forno's own parts alone, and never taken from a caller:
-Envoy removes what callers send of them, and the plain gRPC server ignores it (`credential_of`)."""
+CALLERS_KEYS = frozenset((AUTHORIZATION, API_KEY))
+"""Metadata keys by which callers say who they are."""
 
-_OURS = CREDENTIAL_KEYS - {AUTHORIZATION, API_KEY}
+EDGE_KEYS = CALLERS_KEYS | {FORWARDED_CERTIFICATE, PEER, DOOR}
+"""Those and the ones by which our own Envoy says who they are, after it has removed what callers sent of them. NAMES is
+no metadata key: a transport that reads certificates itself gives it beside the metadata."""
+
 ADMIN = "admin"
 """The value of DOOR for what came in at `security.admin_address`."""
 
@@ -51,10 +53,11 @@ def credential_of(metadata: Iterable[tuple[str, str | bytes]], *, trusted: bool,
         trusted: Whether it comes from our own Envoy, which says in it who its caller is.
         extra: Further "key NUL value NUL" from the transport itself.
     """
+    wanted = EDGE_KEYS if trusted else CALLERS_KEYS
     found = [
         f"{key}\0{value if isinstance(value, str) else value.decode('latin-1')}\0"
         for key, value in metadata
-        if key in CREDENTIAL_KEYS and (trusted or key not in _OURS)
+        if key in wanted
     ]
     return "".join(found) + extra
 

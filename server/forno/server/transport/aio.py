@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from forno.server.address import Address
 from forno.server.errors import ConfigError, FornoError
 from forno.server.security import access, certificates
-from forno.server.security.guard import NAMES, credential_of
+from forno.server.security.guard import ADMIN, DOOR, NAMES, credential_of
 from forno.server.servicers import status
+from forno.server.transport import credentials
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from forno.server.address import Address
+    from forno.server.config import SecuritySettings
     from forno.server.security.access import Principal
     from forno.server.security.guard import Guard
 
@@ -37,6 +39,7 @@ class AioHost:
         socket_mode: Permissions of a Unix socket.
         guard: Admits calls; None = all may come in.
         behind_envoy: Whether only our own Envoy can reach `address`, and says who calls.
+        security: What the doors ask for, where they are its own.
     """
 
     def __init__(
@@ -48,18 +51,27 @@ class AioHost:
         guard: Guard | None = None,
         *,
         behind_envoy: bool = False,
+        security: SecuritySettings | None = None,
     ) -> None:
         self._address = address
         self._socket_mode = socket_mode
-        self.grpc = grpc.aio.server(
-            interceptors=[_Calls(count_rpcs, guard, behind_envoy)],
-            options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.so_reuseport", 0),  # two servers on one port would silently share its connections
-                ("grpc.http2.max_ping_strikes", 0),  # an Envoy before it may ask every second whether it still runs
-            ],
-        )
+        tls = security.tls if security and security.tls.certificate_file else None
+        self._credentials = credentials.of_settings(tls) if tls else None
+        self._admin_address = Address.parse(security.admin_address) if security and security.admin_address else None
+
+        def server(door: str) -> grpc.aio.Server:
+            return grpc.aio.server(
+                interceptors=[_Calls(count_rpcs, guard, behind_envoy, door)],
+                options=[
+                    ("grpc.max_receive_message_length", max_message_bytes),
+                    ("grpc.max_send_message_length", max_message_bytes),
+                    ("grpc.so_reuseport", 0),  # two servers on one port would silently share its connections
+                    ("grpc.http2.max_ping_strikes", 0),  # an Envoy before it may ask every second if it still runs
+                ],
+            )
+
+        self._servers = [server(""), *([server(ADMIN)] if self._admin_address else [])]
+        self.grpc: Any = self._servers[0] if len(self._servers) == 1 else _Both(self._servers)
         """What generated `add_XServicer_to_server` functions are given."""
 
     async def start(self) -> int:
@@ -73,17 +85,28 @@ class AioHost:
         """
         umask = os.umask(0o777 & ~self._socket_mode)  # the socket is never open to more than it should be
         try:
-            port = self.grpc.add_insecure_port(str(self._address))
+            public, *admin = self._servers
+            place = self._address
+            port = self._open(public, place)
+            for server in admin:
+                place = self._admin_address or place
+                server.add_insecure_port(str(place))
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._address}: it is taken, or is not ours ({error})") from None
+            raise ConfigError(f"cannot listen on {place}: it is taken, or is not ours ({error})") from None
         finally:
             os.umask(umask)
-        await self.grpc.start()
+        for server in self._servers:
+            await server.start()
         return 0 if self._address.path else port
+
+    def _open(self, server: grpc.aio.Server, address: Address) -> int:
+        if self._credentials:
+            return server.add_secure_port(str(address), self._credentials)
+        return server.add_insecure_port(str(address))
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets those in flight end, cuts off what is left after `grace_s`."""
-        await self.grpc.stop(grace_s)
+        await asyncio.gather(*[server.stop(grace_s) for server in self._servers])
         _remove(self._address.path)
 
 
@@ -92,13 +115,29 @@ def _remove(path: str) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+class _Both:
+    """Servers that offer the same methods, each at its own door."""
+
+    def __init__(self, servers: Sequence[grpc.aio.Server]) -> None:
+        self._servers = servers
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        for server in self._servers:
+            server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        for server in self._servers:
+            server.add_registered_method_handlers(service, handlers)  # type: ignore[attr-defined]  # not in its stubs
+
+
 class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Admits calls, and counts them by method and status."""
 
-    def __init__(self, count_rpcs: CountRpcs, guard: Guard | None, behind_envoy: bool) -> None:
+    def __init__(self, count_rpcs: CountRpcs, guard: Guard | None, behind_envoy: bool, door: str) -> None:
         self._count_rpcs = count_rpcs
         self._guard = guard
         self._behind_envoy = behind_envoy
+        self._door = f"{DOOR}\0{door}\0" if door else ""
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
@@ -187,9 +226,9 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         Raises:
             FornoError: The call may not come in.
         """
-        extra = ""
+        extra = self._door
         if not self._behind_envoy and (names := certificates.of_context(context.auth_context())):
-            extra = f"{NAMES}\0" + "\n".join(names) + "\0"
+            extra += f"{NAMES}\0" + "\n".join(names) + "\0"
         credential = credential_of(context.invocation_metadata() or (), trusted=self._behind_envoy, extra=extra)
         return guard.admit(need, credential, context.peer())
 

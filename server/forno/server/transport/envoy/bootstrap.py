@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forno.server.address import Address
 from forno.server.errors import ConfigError
-from forno.server.transport.envoy import replies
+from forno.server.transport.envoy import doors, replies
 from forno.server.transport.envoy.ends import MAX_STREAM_S, TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from forno.server.address import Address
+    from forno.server.config import SecuritySettings
     from forno.server.transport.envoy.ends import End
 
 DESCRIPTORS = Path(__file__).parent / "forno.pb"
@@ -41,13 +42,25 @@ class Listener:
     socket_mode: int = 0o600  # permissions, where the address is a Unix socket
     inner: bool = False
     """Whether only an edge of ours calls it: that has checked and transcoded each call, and is believed."""
+    security: SecuritySettings | None = None  # what its doors ask; not of an inner one
+    secrets: Path | None = None  # where `doors.Secrets` writes; None = no encryption
+
+    @property
+    def admin_address(self) -> Address | None:
+        """Where the administration is served; None where that is not apart."""
+        text = self.security.admin_address if self.security and not self.inner else ""
+        return Address.parse(text) if text else None
 
 
 def render(listener: Listener, end: End) -> dict[str, Any]:
     """The bootstrap document."""
+    listeners = [_listener(listener, end)]
+    if listener.admin_address:
+        listeners.append(_listener(listener, end, admin=True))
     return {
+        "node": doors.NODE,
         "admin": {"address": {"pipe": {"path": str(listener.admin_socket), "mode": 0o600}}},
-        "static_resources": {"listeners": [_listener(listener, end)], "clusters": end.clusters()},
+        "static_resources": {"listeners": listeners, "clusters": end.clusters()},
         # Only what the supervisor reads: thousands of unused statistics cost memory and start-up time.
         "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"prefix": f"http.{STAT_PREFIX}."}]}}},
         "overload_manager": _overload_manager(),
@@ -69,34 +82,53 @@ def _overload_manager() -> dict[str, Any]:
     }
 
 
-def _listener(listener: Listener, end: End) -> dict[str, Any]:
+def _listener(listener: Listener, end: End, *, admin: bool = False) -> dict[str, Any]:
     return {
-        "name": "public",
-        "address": _address(listener),
+        "name": "admin" if admin else "public",
+        "address": _address(listener, listener.admin_address if admin else None),
         "enable_reuse_port": False,  # two servers on one port would silently share its connections
         "per_connection_buffer_limit_bytes": 1024 * 1024,
-        "filter_chains": [_filter_chain(listener, end)],
+        "filter_chains": [_filter_chain(listener, end, admin)],
     }
 
 
-def _address(listener: Listener) -> dict[str, Any]:
-    address = listener.address
+def _address(listener: Listener, other: Address | None) -> dict[str, Any]:
+    address = other or listener.address
     if address.path:
         return {"pipe": {"path": address.path, "mode": listener.socket_mode}}
     return {"socket_address": {"address": address.host, "port_value": address.port}}
 
 
-def _filter_chain(listener: Listener, end: End) -> dict[str, Any]:
-    manager = _connection_manager(listener, end)
-    return {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+def _filter_chain(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
+    manager = _connection_manager(listener, end, admin)
+    chain: dict[str, Any] = {
+        "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
+    }
+    if listener.security and listener.secrets and not admin:
+        chain["transport_socket"] = doors.transport_socket(listener.security.tls, listener.secrets)
+    return chain
 
 
-def _connection_manager(listener: Listener, end: End) -> dict[str, Any]:
+def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
+    security = listener.security
+    mutual = bool(security and security.tls.client_ca_file and listener.secrets and not admin)
+    cors = security.cors if security and security.cors.origins and not admin else None
+    host: dict[str, Any] = {
+        "name": "all",
+        "domains": ["*"],
+        "request_body_buffer_limit": listener.max_message_bytes,
+        "routes": end.routes(),
+    }
+    if cors:
+        host["typed_per_filter_config"] = doors.cors_policy(cors)
+    if end.clusters() and not listener.inner:
+        host["request_headers_to_add"] = doors.peer()
     return {
+        **doors.believed(inner=listener.inner, admin=admin, mutual=mutual),
         "@type": f"{TYPES}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": STAT_PREFIX,
         "codec_type": "AUTO",
-        "use_remote_address": not listener.inner,  # headers of Envoy's own that a caller sends are dropped
+        "server_name": "forno",
         "normalize_path": True,
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
@@ -109,31 +141,16 @@ def _connection_manager(listener: Listener, end: End) -> dict[str, Any]:
             # Streams of small messages to a client that falls behind; what waits is bounded in bytes, see above.
             "max_outbound_frames": 10_000_000,
         },
-        "early_header_mutation_extensions": [] if listener.inner else [_strip()],
         "local_reply_config": replies.render(),
         "route_config": {
             "validate_clusters": bool(end.clusters()),  # before the module there is a route, but no cluster
-            "virtual_hosts": [
-                {
-                    "name": "all",
-                    "domains": ["*"],
-                    "request_body_buffer_limit": listener.max_message_bytes,
-                    "routes": end.routes(),
-                }
-            ],
+            "virtual_hosts": [host],
         },
-        "http_filters": [*([] if listener.inner else [_transcoder(listener)]), end.filter()],
-    }
-
-
-def _strip() -> dict[str, Any]:
-    """Only the transcoder may say which REST path a call came by."""
-    return {
-        "name": "strip",
-        "typed_config": {
-            "@type": f"{TYPES}.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-            "mutations": [{"remove": "x-envoy-original-path"}, {"remove": "x-envoy-original-method"}],
-        },
+        "http_filters": [
+            *([doors.cors_filter()] if cors else []),  # first: its questions carry no credential
+            *([] if listener.inner else [_transcoder(listener)]),
+            end.filter(),
+        ],
     }
 
 

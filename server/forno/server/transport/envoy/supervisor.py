@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from forno.server import logs
 from forno.server.errors import ConfigError
-from forno.server.transport.envoy import bootstrap
+from forno.server.transport.envoy import bootstrap, doors
 from forno.server.transport.envoy.ends import MODULE, ModuleEnd
 
 if TYPE_CHECKING:
@@ -59,7 +59,16 @@ class Envoy:
         self._config = config
         self._on_log = on_log
         self._address = address
-        listener = bootstrap.Listener(address, self._admin, config.server.max_message_bytes, config.server.socket_mode)
+        tls = config.security.tls
+        self._secrets = doors.Secrets(tls, self._folder) if tls.certificate_file else None
+        listener = bootstrap.Listener(
+            address,
+            self._admin,
+            config.server.max_message_bytes,
+            config.server.socket_mode,
+            security=config.security,
+            secrets=self._folder if self._secrets else None,
+        )
         self._bootstrap = self._folder / "envoy.json"
         self._bootstrap.touch(mode=0o600)
         self._bootstrap.write_text(json.dumps(bootstrap.render(listener, end(self._folder))))
@@ -77,6 +86,8 @@ class Envoy:
             keep: Descriptors that it inherits.
             dies_with_us: Whether the kernel ends it when the thread that calls this dies, where it can (Linux).
         """
+        if self._secrets:
+            self._secrets.start()
         read_end, write_end = os.pipe()
         command = [
             *("forno: server", "-c", str(self._bootstrap), "--disable-hot-restart"),
@@ -117,6 +128,8 @@ class Envoy:
 
     def close(self) -> None:
         """Ends the process and removes its files."""
+        if self._secrets:
+            self._secrets.close()
         if self._process and self._process.poll() is None:
             self._process.terminate()
             try:
