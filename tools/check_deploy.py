@@ -150,7 +150,11 @@ def objects() -> bool:
         return _missing("kubernetes-validate", "manifests are")
     found = {str(path.relative_to(ROOT)): documents(path.read_text()) for path in MANIFESTS}
     if tool("helm"):
-        found |= {f"chart with {values.name}": render(values) for values in values_files()}
+        try:
+            found |= {f"chart with {values.name}": render(values) for values in values_files()}
+        except subprocess.CalledProcessError as error:
+            print(error.stderr)
+            return False
     wrong = [f"{place}: {text}" for place, made in found.items() for text in complaints(made)]
     print("\n".join(wrong))
     return not wrong

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.forno_server import ROOT, FornoServer, environment, free_port
+from tests.e2e.secured import Authority
 
 from forno.client import Client
 
@@ -48,38 +49,56 @@ def commands() -> dict[str, tuple[list[str], str]]:
 COMMANDS = commands()
 
 
-def here(text: str, target: str, folder: Path) -> str:
-    """A container's text with this machine's places in it."""
+def here(text: str, folder: Path, ports: dict[str, int]) -> str:
+    """A container's text with this machine's places and ports in it."""
     places = {
-        "/etc/forno/forno.yaml": str(folder / "forno.yaml"),
-        "/models/forno.yaml": str(ROOT / "examples" / "forno.yaml"),
-        "/mnt/models": str(ROOT / "examples" / "models" / "spam" / "1"),
-        "/models": str(ROOT / "examples" / "models"),
+        "/etc/forno/config/forno.yaml": folder / "forno.yaml",
+        "/etc/forno/forno.yaml": folder / "forno.yaml",
+        "/etc/forno/tls": folder,
+        "/etc/forno/keys": folder,
+        "/models/forno.yaml": ROOT / "examples" / "forno.yaml",
+        "/mnt/models": ROOT / "examples" / "models" / "spam" / "1",
+        "/models": ROOT / "examples" / "models",
         "{{.Name}}": "spam",
     }
     for there, place in places.items():
-        text = re.sub(rf"(?<![\w/]){re.escape(there)}(?![\w/])", place, text)
-    return re.sub(r"0\.0\.0\.0:\d+", target, text)
+        text = re.sub(rf"(?<![\w/]){re.escape(there)}(?![\w])", str(place), text)
+    return re.sub(r"0\.0\.0\.0:(\d+)", lambda found: f"127.0.0.1:{ports.setdefault(found[1], free_port())}", text)
+
+
+def fill(folder: Path) -> None:
+    """What the chart's secrets hold."""
+    authority = Authority()
+    certificate, key = authority.issue_server()
+    files = {"tls.crt": certificate, "tls.key": key, "ca.crt": authority.certificate}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    command = [*FORNO, "keys", "add", "--file", str(folder / "keys.yaml"), "--name", "a", "--scope", "predict"]
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("place", COMMANDS)
 def test_a_container_serves_and_ends_as_its_probes_and_its_grace_expect(place, tmp_path):
     arguments, settings = COMMANDS[place]
-    target = f"127.0.0.1:{free_port()}"
-    (tmp_path / "forno.yaml").write_text(here(settings, target, tmp_path))
-    command = [*FORNO, *(here(word, target, tmp_path) for word in arguments)]
+    ports: dict[str, int] = {}  # of the container -> here
+    (tmp_path / "forno.yaml").write_text(here(settings, tmp_path, ports))
+    command = [*FORNO, *(here(word, tmp_path, ports) for word in arguments)]
+    if "/etc/forno/tls" in settings:
+        fill(tmp_path)
+    probed = f"127.0.0.1:{ports.get('9090') or next(iter(ports.values()))}"
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:
         try:
             end = time.monotonic() + 30
-            while (done := health("--address", target)).returncode:
+            while (done := health("--address", probed)).returncode:
                 assert server.poll() is None, server.communicate()[0]
                 assert time.monotonic() < end, done.stderr
             assert done.stdout == "SERVING\n"
             if "transport: grpc" not in settings:
-                with urllib.request.urlopen(f"http://{target}/health") as alive:  # the liveness probe
-                    assert alive.status == 200
+                for path in ("health", "metrics"):  # the liveness probe, and the scrape
+                    with urllib.request.urlopen(f"http://{probed}/{path}") as answer:
+                        assert answer.status == 200
             began = time.monotonic()
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0

@@ -87,18 +87,19 @@ def test_every_pod_has_the_time_to_drain(found):
 
 
 def test_every_container_is_probed_where_it_listens(found):
-    containers = [
-        (place, Config.model_validate(settings).server, pod["containers"][0]) for place, settings, pod in pods(found)
-    ]
+    containers = [(place, Config.model_validate(given), pod["containers"][0]) for place, given, pod in pods(found)]
     assert containers
-    for place, server, container in containers:
-        port = int(server.address.rpartition(":")[2])
-        assert {listed["name"]: listed["containerPort"] for listed in container["ports"]}["grpc"] == port, place
-        assert container["startupProbe"]["grpc"]["port"] == container["readinessProbe"]["grpc"]["port"] == port, place
-        if server.transport == "grpc":  # it has no REST
-            assert container["livenessProbe"]["grpc"]["port"] == port, place
+    for place, config, container in containers:
+        addresses = {"grpc": config.server.address, "admin": config.security.admin_address}
+        ports = {name: int(address.rpartition(":")[2]) for name, address in addresses.items() if address}
+        assert {listed["name"]: listed["containerPort"] for listed in container["ports"]} == ports, place
+        probed = "admin" if "admin" in ports else "grpc"  # which stays plain when calls are encrypted
+        probe = {"port": ports[probed]}
+        assert container["startupProbe"]["grpc"] == container["readinessProbe"]["grpc"] == probe, place
+        if config.server.transport == "grpc":  # it has no REST
+            assert container["livenessProbe"]["grpc"] == probe, place
         else:
-            assert container["livenessProbe"]["httpGet"] == {"path": "/health", "port": "grpc"}, place
+            assert container["livenessProbe"]["httpGet"] == {"path": "/health", "port": probed}, place
 
 
 def test_no_pod_may_do_more_than_it_needs(found):
@@ -305,6 +306,7 @@ REFUSED = {
     "config: {server: {address: '127.0.0.1:8080'}, models: {a: {}}}": "/config/server/address",
     "config: {server: {transport: http}, models: {a: {}}}": "/config/server/transport",
     "config: {server: {transport: grpc}, models: {a: {}}}\nserviceMonitor: {enabled: true}": "needs REST",
+    "config: {security: {admin_address: ''}, models: {a: {}}}\nsecrets: {tls: a}": "secrets.tls needs",
     ECHO + "gateway: {enabled: true}": "needs gateway.parentRefs",
     ROUTED % "grpcHostnames: []": "needs gateway.grpcHostnames or",
     ROUTED % "grpcHostnames: [a.b], httpHostnames: [a.b]": "one kind of route",

@@ -29,6 +29,32 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ regexFind "[0-9]+$" .Values.config.server.address }}
 {{- end }}
 
+{{- /* The port for probes and metrics: one of its own, or that of the calls. */ -}}
+{{- define "forno.adminPort" -}}
+{{ with dig "security" "admin_address" "" .Values.config }}{{ regexFind "[0-9]+$" . }}{{ else }}{{ include "forno.port" . }}{{ end }}
+{{- end }}
+
+{{- define "forno.adminPortName" -}}
+{{ if dig "security" "admin_address" "" .Values.config }}admin{{ else }}grpc{{ end }}
+{{- end }}
+
+{{- define "forno.appProtocol" -}}
+{{ .Values.service.appProtocol | default (ternary "https" "kubernetes.io/h2c" (ne .Values.secrets.tls "")) }}
+{{- end }}
+
+{{- /* forno.yaml: the values, and where secrets are mounted. */ -}}
+{{- define "forno.config" -}}
+{{- $config := deepCopy .Values.config }}
+{{- if .Values.secrets.tls }}
+{{- $files := dict "certificate_file" "/etc/forno/tls/tls.crt" "key_file" "/etc/forno/tls/tls.key" }}
+{{- $config = mergeOverwrite $config (dict "security" (dict "tls" $files)) }}
+{{- end }}
+{{- if .Values.secrets.keys }}
+{{- $config = mergeOverwrite $config (dict "security" (dict "keys_file" "/etc/forno/keys/keys.yaml")) }}
+{{- end }}
+{{- toYaml $config }}
+{{- end }}
+
 {{- define "forno.rest" -}}
 {{- if ne (.Values.config.server.transport | default "envoy") "grpc" }}true{{ end }}
 {{- end }}
@@ -37,6 +63,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "forno.check" -}}
 {{- if not (or .Values.models.volume .Values.config.models) }}
 {{- fail "nothing to serve: set models.volume to a volume with a repository of models, or name models in config.models" }}
+{{- end }}
+{{- if and .Values.secrets.tls (not (dig "security" "admin_address" "" .Values.config)) }}
+{{- fail "secrets.tls needs config.security.admin_address: probes are not encrypted" }}
 {{- end }}
 {{- if and .Values.serviceMonitor.enabled (not (include "forno.rest" .)) }}
 {{- fail "serviceMonitor.enabled needs REST, which transport grpc has not; export by config.telemetry.metrics_interval_s" }}
