@@ -121,7 +121,8 @@ def children(pid: int) -> list[int]:
 
 def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0] != "Z" or fields[17] not in ("0", "1")  # its first thread may end before the others
     return False
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("forno")
 
 SERVICE = predictor_pb2.DESCRIPTOR.services_by_name["Predictor"].full_name
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REST_SERVICE = rest_pb2.DESCRIPTOR.services_by_name["Rest"].full_name
 
 
@@ -107,12 +108,12 @@ class Server:
         telemetry = Telemetry.start(self._config.telemetry, self.metrics)
         self._mount(host, telemetry)
         self.metrics.watch(self._gauges)
-        await self._set_health(serving=False)
+        self._set_health(serving=False)
         port = await host.start()
         export = asyncio.create_task(telemetry.export_metrics()) if telemetry else None
         try:
             await self._load()
-            await self._set_health(serving=True)
+            self._set_health(serving=True)
             if port:
                 self._address = f"{self._address.rpartition(':')[0]}:{port}"
             colour = sys.stdout.isatty()
@@ -121,7 +122,7 @@ class Server:
             on_ready()
             await self._stop.wait()
         finally:
-            await self._health.enter_graceful_shutdown()
+            self._health.shut_down()
             await host.stop(self._config.server.drain_s)
             for model in self.registry.models():
                 await model.close(0.0)
@@ -144,7 +145,7 @@ class Server:
             add_hot_handler(f"/{SERVICE}/Predict", HotPredict(self.registry, clock_us))
         rest_pb2_grpc.add_RestServicer_to_server(rest, host.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
-        names = (SERVICE, REST_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, REST_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         describer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
         add_ServerReflectionServicer_to_server(describer, host.grpc)
 
@@ -160,12 +161,10 @@ class Server:
         gc.freeze()  # what start-up has made stays; the collector need not walk it again
         gc.enable()
 
-    async def _set_health(self, *, serving: bool) -> None:
+    def _set_health(self, *, serving: bool) -> None:
         """Tells grpc.health.v1: the whole server as "", the service, and each model by name."""
-        statuses = health_pb2.HealthCheckResponse
-        state = statuses.SERVING if serving else statuses.NOT_SERVING
         for name in {"", SERVICE, *(model.name for model in self.registry.models())}:
-            await self._health.set(name, state)
+            self._health.set(name, serving=serving)
 
     def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:
         for model in self.registry.models():

@@ -1,22 +1,28 @@
-"""grpc.health.v1, which tells callers of those models alone that they may know of."""
+"""grpc.health.v1, which tells callers of those models alone that they may know of.
+
+Not the servicer of `grpcio-health-checking`: that forgets every watcher of a name when one of them leaves, and keeps a
+watcher's call open while the server drains, which then lasts as long as it may.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
-from grpc_health.v1 import health, health_pb2
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from forno.server.security import access
 
 if TYPE_CHECKING:
-    import grpc
-
     from forno.server.registry import Registry
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
+_STATUS = health_pb2.HealthCheckResponse
 
-class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc,name-defined]  # missing in its stubs
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # Any in its stubs
     """The health of the server (""), of its services and of each model, by name. Event loop only.
 
     Args:
@@ -24,19 +30,49 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc,name-defin
     """
 
     def __init__(self, registry: Registry) -> None:
-        super().__init__()
         self._registry = registry
+        self._serving: dict[str, bool] = {}
+        self._over = False
+        self._changed = asyncio.Event()  # replaced when it is set: everybody who waits is woken once
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Any:
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         """Says whether one of them serves."""
-        return await super().Check(self._seen(request), context)
+        status = self._status(request.service)
+        if status == _STATUS.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return _STATUS(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Says so again whenever that changes."""
-        await super().Watch(self._seen(request), context)
+        """Says so again whenever that changes, until the server ends."""
+        told = None
+        while True:
+            changed = self._changed
+            status = self._status(request.service)
+            if status != told:
+                await context.write(_STATUS(status=status))
+                told = status
+            if self._over:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            if changed is self._changed:
+                await changed.wait()
 
-    def _seen(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckRequest:
-        """The request; one that asks for nothing that exists where the caller may not know of what it names."""
-        name = request.service
+    def set(self, name: str, *, serving: bool) -> None:
+        """Changes what is told of a name."""
+        self._serving[name] = serving
+        self._wake()
+
+    def shut_down(self) -> None:
+        """Tells that nothing serves any more, and ends the calls of those who watch."""
+        self._over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _status(self, name: str) -> Any:
         hidden = not access.sees("model", name) and any(model.name == name for model in self._registry.models())
-        return health_pb2.HealthCheckRequest(service="\0unknown") if hidden else request
+        serving = None if hidden else self._serving.get(name)
+        if serving is None:
+            return _STATUS.SERVICE_UNKNOWN
+        return _STATUS.SERVING if serving and not self._over else _STATUS.NOT_SERVING

@@ -8,12 +8,10 @@ import json
 import os
 import pickle
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from forno.server import logs
 from forno.server.errors import ConfigError
-from forno.server.transport.envoy import bootstrap, doors
+from forno.server.transport.envoy import bootstrap, doors, folders
 from forno.server.transport.envoy.ends import MODULE, ModuleEnd
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ class Envoy:
         end: Callable[[Path], End],
         on_log: Callable[[str], None],
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="forno-"))
+        self._folder, self._lock = folders.make()
         self._admin = self._folder / "admin.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._config = config
@@ -100,12 +98,13 @@ class Envoy:
             command,
             executable=binary(),
             env={**os.environ, **environment},
-            pass_fds=(*keep, write_end),
+            pass_fds=(*keep, self._lock, write_end),
             start_new_session=True,  # ^C is for us: we drain before it ends
             preexec_fn=_die_with_parent() if dies_with_us else None,  # noqa: PLW1509  (it only makes a system call)
         )
         os.close(write_end)
         threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True).start()
+        folders.remove_stale()
 
     @property
     def pid(self) -> int:
@@ -139,7 +138,9 @@ class Envoy:
                 self._process.wait()
         if self._address.path:
             Path(self._address.path).unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            folders.remove(self._folder, self._lock)
+            self._lock = -1
 
     def _active_requests(self) -> int:
         text = self._ask("GET", f"/stats?filter=^http.{bootstrap.STAT_PREFIX}.downstream_rq_active$")

@@ -1,0 +1,81 @@
+"""The ends of a server: who watches its health is told and let go, and what a killed one leaves is cleaned away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.e2e.forno_server import TRANSPORTS, FornoServer
+from tests.e2e.hosts import eventually
+
+SETTINGS = "models: {echo: {engine: 'null', 'null': {shape: [-1, 2]}}}\n"
+STATUS = health_pb2.HealthCheckResponse
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    path = tmp_path / "forno.yaml"
+    path.write_text(SETTINGS)
+    return path
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The servers' folder for temporary files, theirs alone."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_watches_is_told_of_the_end_and_does_not_delay_it(settings, transport):
+    with FornoServer(settings, transport=transport) as server:
+        health = health_pb2_grpc.HealthStub(server.channel)
+
+        def watch_of(name: str) -> Any:
+            return health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=30)
+
+        watches, unknown = [watch_of(name) for name in ("", "echo", "echo")], watch_of("echoes")
+        assert [next(watch).status for watch in watches] == [STATUS.SERVING] * 3
+        assert next(unknown).status == STATUS.SERVICE_UNKNOWN
+        watches.pop().cancel()  # the other who watches this model is still told
+        server.process.send_signal(signal.SIGTERM)
+        begun_s = time.monotonic()
+        assert [next(watch).status for watch in watches] == [STATUS.NOT_SERVING] * 2
+        for watch in (*watches, unknown):
+            with pytest.raises(grpc.RpcError) as ending:
+                next(watch)
+            assert ending.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.process.wait(20) == 0, server.output()
+        assert time.monotonic() - begun_s < 5  # not the 10 s that draining may take
+        assert "cut off" not in server.output()
+
+
+def test_what_a_killed_server_leaves_is_removed_by_the_next_and_what_lives_is_not(settings, temporary):
+    with FornoServer(settings) as killed:
+        [left] = temporary.iterdir()
+        killed.process.kill()
+        killed.process.wait()
+        assert eventually(lambda: not (left / "admin.sock").exists() or not _admin_answers(left))
+    with FornoServer(settings) as living:
+        folders = {path for path in temporary.iterdir() if path != left}
+        for folder in (left, *folders):
+            os.utime(folder, (0, 0))  # neither is new
+        with FornoServer(settings):
+            assert eventually(lambda: not left.exists())
+            assert all(folder.exists() for folder in folders)
+        assert living.process.poll() is None
+    assert list(temporary.iterdir()) == []
+
+
+def _admin_answers(folder: Path) -> bool:
+    from forno.server.transport.envoy import admin
+
+    return bool(admin.ask(folder / "admin.sock", "GET", "/ready"))
