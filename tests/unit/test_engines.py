@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,7 +25,6 @@ from forno.server.slots.host import BORROW_FROM_BYTES, HostSlot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from forno.server.engines import Engine
 
@@ -305,3 +307,24 @@ def test_a_missing_runtime_names_the_command_that_installs_it(monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'forno\[server\]'"):
         open_engine(tmp_path / "m.onnx", ModelSettings())
+
+
+LOADS_A_MODEL = """
+import sys
+from pathlib import Path
+from forno.server.config import OnnxSettings
+from forno.server.engines.onnx import OnnxEngine
+OnnxEngine(Path(sys.argv[1]), OnnxSettings())
+"""
+
+
+def test_the_runtime_reports_to_nobody(tmp_path):
+    # Where it reports, it keeps an identifier of the machine under the user's folder.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    environment.pop("XDG_CACHE_HOME", None)
+    for variable in ("CI", "PYTEST_CURRENT_TEST"):  # with which it does not report in any case
+        environment.pop(variable, None)
+    model = Path(__file__).parents[2] / "examples/models/spam/1/model.onnx"
+    subprocess.run([sys.executable, "-c", LOADS_A_MODEL, str(model)], env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []

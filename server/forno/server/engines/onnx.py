@@ -21,6 +21,7 @@ from forno.server.signature import Signature, TensorSpec
 from forno.server.slots.host import HostSlot
 from forno.v1 import tensors
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, at the start; it would tell its maker of every model
 try:
     import onnxruntime as ort
 except ImportError as error:
