@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.e2e.forno_server import ROOT
 
-from forno.server.servicers.hot import LAYOUT
+from forno.server.servicers.hot import ITEM_LAYOUT, LAYOUT
 from forno.v1 import predictor_pb2, tensor_pb2
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -32,24 +32,24 @@ def split(tmp_path_factory):
     )
     function = ctypes.CDLL(str(library)).split
     function.restype = ctypes.c_size_t
-    layout = (ctypes.c_uint32 * 4)(*LAYOUT)
 
-    def call(message: bytes):
+    def call(message: bytes, layout=LAYOUT):
         key, spans = ctypes.create_string_buffer(4096), (ctypes.c_uint64 * MAX_SPANS)()
-        count, identity = ctypes.c_size_t(), (ctypes.c_uint64 * 2)()
+        count, places = ctypes.c_size_t(), (ctypes.c_uint64 * 3)()
         size = function(
             message,
             ctypes.c_size_t(len(message)),
-            layout,
+            (ctypes.c_uint32 * 8)(*layout),
             key,
             spans,
             ctypes.c_size_t(MAX_SPANS),
             ctypes.byref(count),
-            identity,
+            places,
         )
         if not size:
             return None
-        return key.raw[:size], list(spans[: count.value]), bytes(message[identity[0] : identity[0] + identity[1]])
+        assert places[0] == spans[0]
+        return key.raw[:size], list(spans[: count.value]), bytes(message[places[1] : places[1] + places[2]])
 
     return call
 
@@ -89,6 +89,11 @@ def agrees(split, message: bytes) -> bool:
     return True
 
 
+def distances(spans):
+    """Places of all tensors' elements from those of the first, which is what a plan remembers."""
+    return [at - spans[0] for at in spans[::2]], spans[1::2]
+
+
 @given(REQUESTS)
 @settings(max_examples=500)
 def test_requests_are_split_where_the_parser_sees_elements(split, request):
@@ -107,6 +112,7 @@ def test_an_equal_key_means_an_equal_request_but_for_elements_and_id(split, requ
     after = split(request.SerializeToString())
     if before is not None and after is not None:
         assert before[0] == after[0]
+        assert distances(before[1]) == distances(after[1])
     for tensor in request.inputs:
         tensor.shape.append(7)
     changed = split(request.SerializeToString())
@@ -137,6 +143,36 @@ def test_damaged_requests_are_no_trouble(split, request, data):
             else:
                 message += message[at:]
     agrees(split, bytes(message))
+
+
+@given(REQUESTS, st.binary(max_size=12))
+@settings(max_examples=500)
+def test_an_item_of_a_stream_is_split_as_its_request(split, request, more):
+    message = request.SerializeToString()
+    item = predictor_pb2.PredictStreamRequest(request=request).SerializeToString()
+    alone, inside = split(message), split(item, ITEM_LAYOUT)
+    assert (alone is None) == (inside is None)
+    if inside is not None:
+        assert (inside[0], distances(inside[1]), inside[2]) == (alone[0], distances(alone[1]), alone[2])
+        assert item[inside[1][0] :][: inside[1][1]] == request.inputs[0].data
+    if more:  # an item that is more than one request is nobody's to cut
+        assert split(item + more, ITEM_LAYOUT) is None
+
+
+@given(
+    st.lists(st.sampled_from(["id", "tensor"]), min_size=1, max_size=4),
+    st.text(st.characters(codec="ascii"), max_size=9),
+)
+def test_an_id_between_tensors_is_not_split(split, order, identity):
+    parts = {
+        "id": predictor_pb2.PredictRequest(request_id=identity + "."),
+        "tensor": predictor_pb2.PredictRequest(inputs=[tensor_pb2.Tensor(name="x", data=b"1234")]),
+    }
+    found = split(b"".join(parts[part].SerializeToString() for part in order))
+    between = (
+        order.count("id") == 1 and "tensor" in order[: order.index("id")] and "tensor" in order[order.index("id") :]
+    )
+    assert (found is not None) == ("tensor" in order and order.count("id") <= 1 and not between)
 
 
 def test_a_large_tensor_is_found(split):

@@ -13,13 +13,14 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "stream.h"
 
 namespace {
 
-constexpr size_t kMaxMessageBytes = 4096, kMaxInboxBytes = 2048;
+constexpr size_t kMaxMessageBytes = 4096, kMaxInboxBytes = 2048, kMaxItems = 4;
 constexpr int kWorkers = 2, kOpenAtOnce = 40;
 
 using Random = std::mt19937;
@@ -43,6 +44,7 @@ struct Plan {
   std::string timeout;
   bool goes_away = false;      // at some moment: nothing is expected then
   bool trailers = false;       // the request ends with trailers
+  bool items = false;          // messages are items that take the short way; their answers come in any order
 };
 
 class Worker;
@@ -146,15 +148,28 @@ std::string random_bytes(Random& random, size_t size) {
   return out;
 }
 
+// An item of kLayout with its own elements; sometimes what is none, and takes the ordinary way.
+std::string random_item(Random& random) {
+  const std::string elements = random_bytes(random, 20 + below(random, 60));
+  const auto field = [](char number, const std::string& data) {
+    return std::string{static_cast<char>(number << 3 | 2), static_cast<char>(data.size())} + data;
+  };
+  const std::string id = below(random, 2) ? field(2, std::string(below(random, 9), 'i')) : "";
+  const std::string tensor = field(1, field(1, "x") + field(3, elements));
+  const std::string item = field(6, below(random, 2) ? id + tensor : tensor + id);
+  return below(random, 8) ? item : item.substr(1);
+}
+
 Plan make_plan(Random& random) {
   Plan plan;
   plan.unary = below(random, 2);
-  plan.path = plan.unary ? "/unary" : "/stream";
+  plan.items = !plan.unary && below(random, 2);
+  plan.path = plan.unary ? "/unary" : plan.items ? "/items" : "/stream";
   plan.goes_away = below(random, 4) == 0;
   plan.trailers = below(random, 8) == 0;
   const size_t count = plan.unary ? 1 : below(random, 20);
   for (size_t i = 0; i < count; i++) {
-    const std::string message = random_bytes(random, below(random, 3) ? below(random, 40) : below(random, kMaxMessageBytes + 1));
+    const std::string message = plan.items ? random_item(random) : random_bytes(random, below(random, 3) ? below(random, 40) : below(random, kMaxMessageBytes + 1));
     plan.body += frame_message(message.data(), message.size(), false);
   }
   plan.expected = plan.body;
@@ -193,6 +208,18 @@ Plan make_plan(Random& random) {
       break;
   }
   return plan;
+}
+
+// Whole messages, in no order.
+std::multiset<std::string> messages_of(const std::string& framed) {
+  std::multiset<std::string> out;
+  for (size_t at = 0; at < framed.size();) {
+    const size_t size = kPrefixBytes + message_bytes(framed.data() + at);
+    CHECK(at + size <= framed.size());
+    out.insert(framed.substr(at, size));
+    at += size;
+  }
+  return out;
 }
 
 void Worker::open() {
@@ -256,7 +283,11 @@ void Worker::finish(Filter& filter) {
     fprintf(stderr, "%s: status %s, expected %s\n", filter.plan.path.c_str(), filter.status.c_str(), filter.plan.status.c_str());
   }
   CHECK(filter.status == filter.plan.status);
-  CHECK(filter.status != "0" || filter.answer == filter.plan.expected);
+  if (filter.plan.items && filter.status == "0") {
+    CHECK(messages_of(filter.answer) == messages_of(filter.plan.expected));
+  } else {
+    CHECK(filter.status != "0" || filter.answer == filter.plan.expected);
+  }
   answers_checked++;
   destroy(filter);
 }
@@ -277,7 +308,9 @@ class Loop {
   struct Call {
     StreamPtr stream;
     std::deque<std::string> messages;
+    std::vector<Message> items;  // on the short way
     bool unary = false, half_closed = false, cancelled = false, waits = false, started = false;
+    bool waits_for_items = false, items_are_done = false;
   };
 
   void handle(Event& event) {
@@ -288,7 +321,7 @@ class Loop {
       Call& call = calls_[event.stream.get()];
       call.stream = event.stream;
       call.unary = event.stream->method == 0;
-      if (call.unary) call.messages.push_back(std::move(event.message.bytes));
+      if (call.unary) call.messages.emplace_back(event.message.view());
       return;
     }
     const auto found = calls_.find(event.stream.get());
@@ -296,16 +329,32 @@ class Loop {
     Call& call = found->second;
     switch (event.kind) {
       case EventKind::kMessage:
-        CHECK(!call.half_closed);
-        call.messages.push_back(std::move(event.message.bytes));
+        CHECK(!call.half_closed && !call.stream->half_closed);
+        if (event.message.split.key.empty()) {
+          call.messages.push_back(std::move(event.message.bytes));
+          break;
+        }
+        call.stream->hold(std::move(event.message));
+        release(call);
+        break;
+      case EventKind::kRelease:
+        call.stream->released();
+        release(call);
         break;
       case EventKind::kHalfClose:
-        CHECK(!call.half_closed);
-        call.half_closed = true;
+        CHECK(!call.half_closed && !call.stream->half_closed);
+        call.stream->half_closed = true;
+        release(call);
+        break;
+      case EventKind::kItemsDone:
+        CHECK(call.waits_for_items && call.items.empty());
+        call.items_are_done = true;
         break;
       case EventKind::kCancel:
         CHECK(!call.cancelled);
         call.cancelled = true;
+        call.items.clear();
+        call.stream->drop_items();
         break;
       case EventKind::kWritable:
         call.waits = false;
@@ -315,13 +364,47 @@ class Loop {
     }
   }
 
+  void release(Call& call) {
+    Message message;
+    while (call.stream->next_item(message)) {
+      CHECK(message.view().size() > message.split.data_at && !message.split.key.empty());
+      call.items.push_back(std::move(message));
+    }
+    CHECK(call.items.size() <= kMaxItems);
+    if (call.stream->half_closed && !call.stream->has_waiting()) {
+      call.stream->half_closed = false;
+      call.half_closed = true;
+    }
+  }
+
+  // One message in pieces, as an answer is given.
+  void reply(Stream& stream, std::string_view message) {
+    const size_t cut = below(random_, message.size() + 1);
+    const Piece pieces[] = {message.substr(0, cut), {}, message.substr(cut)};
+    stream.reply(pieces, 3);
+    if (below(random_, 3)) stream.commit();
+    stream.commit();
+  }
+
   // False when the call has ended.
   bool work(Call& call) {
     if (below(random_, 3) == 0) return true;
     if (call.cancelled) return below(random_, 2);  // a handler may take its time, and still try to answer
     if (call.unary) {
-      call.stream->reply(std::move(call.messages.front()));
+      reply(*call.stream, call.messages.front());
       return false;
+    }
+    while (!call.items.empty() && below(random_, 4)) {  // in any order; now and then one leaves the short way
+      std::swap(call.items[below(random_, call.items.size())], call.items.back());
+      const Message item = std::move(call.items.back());
+      call.items.pop_back();
+      if (below(random_, 8)) {
+        reply(*call.stream, item.view());
+        call.stream->item_done(item.bytes.size());
+      } else {
+        call.messages.push_back(item.bytes);
+        call.stream->item_done(0);
+      }
     }
     if (call.waits) return true;
     std::vector<Part> parts;
@@ -333,7 +416,9 @@ class Loop {
       call.stream->consumed(message.size());
       call.messages.pop_front();
     }
-    const bool ends = call.half_closed && call.messages.empty();
+    bool ends = call.half_closed && call.messages.empty();
+    if (ends && !call.waits_for_items) call.waits_for_items = call.stream->notify_items_done();
+    ends = ends && (!call.waits_for_items || call.items_are_done);
     if (ends) parts.push_back({Part::kStatus, {{"grpc-status", "0"}}, {}});
     if (!parts.empty()) call.stream->send(std::move(parts));
     if (ends) return false;
@@ -399,6 +484,8 @@ bool envoy_dynamic_module_callback_http_drain_body(void* filter, int type, size_
   return true;
 }
 
+void envoy_dynamic_module_callback_http_set_buffer_limit(void*, uint64_t bytes) { CHECK(bytes == kMaxInboxBytes); }
+
 void envoy_dynamic_module_callback_http_send_response(void*, uint32_t, Header*, size_t, Buffer, Buffer) { CHECK(false); }
 
 void envoy_dynamic_module_callback_http_send_response_headers(void* at, Header* headers, size_t count, bool end) {
@@ -446,7 +533,11 @@ int main(int argc, char** argv) {
   const int calls = argc > 1 ? atoi(argv[1]) : 20000;
   alarm(300);  // a call that never ends must not hang its caller
   const unsigned seed = argc > 2 ? static_cast<unsigned>(atoi(argv[2])) : 1;
-  methods.by_path = {{"/unary", {0, false, {1, 2, 3, 2}}}, {"/stream", {1, true, {}}}};
+  const Layout layout{1, 2, 3, 2, 4, 0, 0, 0};
+  Layout item_layout = layout;
+  item_layout.item_request = 6;
+  methods.by_path = {{"/unary", {0, false, layout}}, {"/stream", {1, true}}, {"/items", {2, true, item_layout}}};
+  methods.max_items = kMaxItems;
   methods.max_message_bytes = kMaxMessageBytes;
   methods.max_inbox_bytes = kMaxInboxBytes;
   calls_left = calls;

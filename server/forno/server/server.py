@@ -22,7 +22,7 @@ from forno.server.registry import Registry
 from forno.server.security import guard
 from forno.server.servicers import tracing
 from forno.server.servicers.health import HealthServicer
-from forno.server.servicers.hot import HotPredict
+from forno.server.servicers.hot import ITEM_LAYOUT, LAYOUT, HotPredict
 from forno.server.servicers.predictor import PredictorServicer
 from forno.server.servicers.rest import RestServicer
 from forno.server.telemetry import Telemetry
@@ -142,7 +142,9 @@ class Server:
         predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
         add_hot_handler = getattr(host.grpc, "add_hot_handler", None)
         if add_hot_handler and not telemetry:  # a traced call needs its metadata, and a task to carry its trace
-            add_hot_handler(f"/{SERVICE}/Predict", HotPredict(self.registry, clock_us))
+            hot = HotPredict(self.registry, clock_us)
+            add_hot_handler(f"/{SERVICE}/Predict", hot, LAYOUT)
+            add_hot_handler(f"/{SERVICE}/PredictStream", hot, ITEM_LAYOUT)
         rest_pb2_grpc.add_RestServicer_to_server(rest, host.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
         names = (SERVICE, REST_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)

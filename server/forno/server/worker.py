@@ -12,6 +12,7 @@ from itertools import accumulate
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from forno.server import turn
 from forno.server.errors import EngineFailed, FornoError, NotReady
 from forno.server.request import NEVER_US, Answer
 from forno.server.sharing import weigh_this_thread
@@ -176,7 +177,7 @@ class Worker:
     def _pump_soon(self) -> None:
         self._pump_is_due = True
         self._now_us = self._clock_us()
-        self._loop.call_soon(self._pump)
+        turn.soon(self._loop, self._pump)
 
     def _pump(self) -> None:
         """Gives the engine what it can take; once per pass of the event loop, however many requests came in it."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from google.protobuf import json_format
 
 from forno.server.clock import clock_us
 from forno.server.endpoints import Payload
-from forno.server.errors import InvalidArgument
+from forno.server.errors import InvalidArgument, NotReady
 from forno.server.request import NEVER_US, Request
 from forno.server.security import access
 from forno.server.servicers import describe, status
@@ -59,16 +59,18 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
         self, request_iterator: AsyncIterator[predictor_pb2.PredictStreamRequest], context: Context
     ) -> AsyncIterator[predictor_pb2.PredictStreamResponse]:
         """Runs a model on each request of a stream; answers as they are ready."""
-        answers: asyncio.Queue[predictor_pb2.PredictStreamResponse | None] = asyncio.Queue()
-        pending: set[asyncio.Future[Any]] = set()
-        reader = asyncio.create_task(self._read_stream(request_iterator, context, answers, pending))
+        stream = _Stream()
+        reader = asyncio.create_task(self._read_stream(request_iterator, context, stream))
         try:
-            while (answer := await answers.get()) is not None:
+            while (answer := await stream.answers.get()) is not None:
                 yield answer
+                stream.room.release()
             await reader
+        except NotReady as error:
+            await status.abort(context, error)
         finally:
             reader.cancel()
-            for future in pending:
+            for future in stream.pending:
                 future.cancel()
 
     async def Invoke(self, request: predictor_pb2.InvokeRequest, context: Context) -> predictor_pb2.InvokeResponse:
@@ -122,36 +124,106 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
         Raises:
             FornoError: The request is refused.
         """
-        _check_request_id(request.request_id)
-        model = self._registry.get(request.model, request.version, request.label)
-        signature = model.signature
-        arrays = decode_inputs(request.inputs, signature.inputs_by_name)
-        ordered = signature.arrange(arrays)
-        rows = signature.validate(ordered)
-        wanted = signature.output_indexes(request.outputs)
+        asked = read_request(self._registry, request)
         deadline_us = expires_us = self._expiry_us(remaining_s)
-        priority = 0
-        if request.HasField("parameters"):
-            expires_us, priority = self._parameters(request.parameters, expires_us)
+        if asked.timeout_us:
+            expires_us = min(expires_us, self._clock_us() + asked.timeout_us)
         request_id = request.request_id
 
         def finish(answer: Answer) -> predictor_pb2.PredictResponse:
-            return encode_answer(model, answer, wanted, request_id)
+            return encode_answer(asked.model, answer, asked.wanted, request_id)
 
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        model.submit(
-            Request(ordered, rows, finish, future, expires_us=expires_us, priority=priority, deadline_us=deadline_us)
+        asked.model.submit(
+            Request(
+                *(asked.inputs, asked.rows, finish, future),
+                expires_us=expires_us,
+                priority=asked.priority,
+                deadline_us=deadline_us,
+            )
         )
         return future
 
     def _expiry_us(self, remaining_s: float | None) -> int:
         return NEVER_US if remaining_s is None else self._clock_us() + int(remaining_s * 1e6)
 
-    def _parameters(self, parameters: predictor_pb2.Parameters, expires_us: int) -> tuple[int, int]:
-        if abs(parameters.priority) > MAX_PRIORITY:
+    async def _read_stream(
+        self, requests: AsyncIterator[predictor_pb2.PredictStreamRequest], context: Context, stream: _Stream
+    ) -> None:
+        """Submits what the stream brings; every request gets exactly one answer into the queue, then comes None.
+
+        Raises:
+            NotReady: The model of the first request is.
+        """
+        begun = False
+
+        def done(future: asyncio.Future[Any], request_id: str) -> None:
+            stream.pending.discard(future)
+            if not future.cancelled():
+                error = future.exception()
+                stream.answers.put_nowait(_stream_answer(request_id, future.result() if error is None else error))
+
+        try:
+            async for item in requests:
+                await stream.room.acquire()
+                request_id = item.request.request_id
+                try:
+                    access.next_item()
+                    future = self._submit(item.request, context.time_remaining())
+                except Exception as error:
+                    if isinstance(error, NotReady) and not (begun or _has_answered(context)):
+                        raise
+                    stream.answers.put_nowait(_stream_answer(request_id, error))
+                    continue
+                finally:
+                    begun = True
+                stream.pending.add(future)
+                future.add_done_callback(lambda future, request_id=request_id: done(future, request_id))  # type: ignore[misc]
+            for _ in range(MAX_STREAM_IN_FLIGHT):
+                await stream.room.acquire()
+        finally:
+            stream.answers.put_nowait(None)
+
+
+class _Stream:
+    """What the two sides of a stream share: one submits, the other sends."""
+
+    def __init__(self) -> None:
+        self.answers: asyncio.Queue[predictor_pb2.PredictStreamResponse | None] = asyncio.Queue()
+        self.pending: set[asyncio.Future[Any]] = set()
+        self.room = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)  # given back when an answer has been taken for sending
+
+
+class Asked(NamedTuple):
+    """What a request asks for, checked."""
+
+    model: Model
+    inputs: tuple[Array, ...]  # in the signature's order
+    rows: int
+    wanted: tuple[int, ...] | None  # outputs, by their places in the signature; None = all
+    priority: int
+    timeout_us: int  # in the queue; 0 without one
+
+
+def read_request(registry: Registry, request: predictor_pb2.PredictRequest) -> Asked:
+    """Looks a request up and through.
+
+    Raises:
+        FornoError: It is refused.
+    """
+    _check_request_id(request.request_id)
+    model = registry.get(request.model, request.version, request.label)
+    signature = model.signature
+    inputs = signature.arrange(decode_inputs(request.inputs, signature.inputs_by_name))
+    rows = signature.validate(inputs)
+    wanted = signature.output_indexes(request.outputs)
+    priority = timeout_us = 0
+    if request.HasField("parameters"):
+        parameters = request.parameters
+        priority = parameters.priority
+        if abs(priority) > MAX_PRIORITY:
             raise InvalidArgument(
-                f"parameters.priority is {parameters.priority}, expected {-MAX_PRIORITY} to {MAX_PRIORITY}",
-                "parameters.priority",
+                f"parameters.priority is {priority}, expected {-MAX_PRIORITY} to {MAX_PRIORITY}", "parameters.priority"
             )
         if parameters.HasField("queue_timeout"):
             timeout_us = parameters.queue_timeout.ToMicroseconds()
@@ -159,44 +231,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
                 raise InvalidArgument(
                     f"parameters.queue_timeout is {timeout_us} us, expected more than 0", "parameters.queue_timeout"
                 )
-            expires_us = min(expires_us, self._clock_us() + timeout_us)
-        return expires_us, parameters.priority
-
-    async def _read_stream(
-        self,
-        requests: AsyncIterator[predictor_pb2.PredictStreamRequest],
-        context: Context,
-        answers: asyncio.Queue[predictor_pb2.PredictStreamResponse | None],
-        pending: set[asyncio.Future[Any]],
-    ) -> None:
-        """Submits what the stream brings; every request gets exactly one answer into the queue, then comes None."""
-        room = asyncio.Semaphore(MAX_STREAM_IN_FLIGHT)
-
-        def done(future: asyncio.Future[Any], request_id: str) -> None:
-            pending.discard(future)
-            room.release()
-            if future.cancelled():
-                return
-            error = future.exception()
-            answers.put_nowait(_stream_answer(request_id, future.result() if error is None else error))
-
-        try:
-            async for item in requests:
-                await room.acquire()
-                request_id = item.request.request_id
-                try:
-                    access.next_item()
-                    future = self._submit(item.request, context.time_remaining())
-                except Exception as error:  # noqa: BLE001  (concerns this request only)
-                    room.release()
-                    answers.put_nowait(_stream_answer(request_id, error))
-                    continue
-                pending.add(future)
-                future.add_done_callback(lambda future, request_id=request_id: done(future, request_id))  # type: ignore[misc]
-            for _ in range(MAX_STREAM_IN_FLIGHT):
-                await room.acquire()
-        finally:
-            answers.put_nowait(None)
+    return Asked(model, inputs, rows, wanted, priority, timeout_us)
 
 
 def decode_inputs(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Array]:
@@ -235,6 +270,12 @@ def encode_answer(
     for index in range(len(specs)) if wanted is None else wanted:
         response.outputs.append(tensors.encode(specs[index].name, outputs[index]))
     return response
+
+
+def _has_answered(context: Context) -> bool:
+    """Whether a stream has answers that its handler does not know of: a transport may have a shorter way for some."""
+    has_answered = getattr(context, "has_answered", None)
+    return has_answered is not None and has_answered()
 
 
 def _stream_answer(request_id: str, outcome: Any) -> predictor_pb2.PredictStreamResponse:

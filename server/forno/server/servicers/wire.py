@@ -51,7 +51,6 @@ def _delimited(tag: bytes, data: bytes) -> bytes:
 _OUTPUTS = _tag(predictor_pb2.PredictResponse, "outputs", _DELIMITED)
 _MODEL = _tag(predictor_pb2.PredictResponse, "model", _DELIMITED)
 _VERSION = _tag(predictor_pb2.PredictResponse, "version", _DELIMITED)
-_REQUEST_ID = _tag(predictor_pb2.PredictResponse, "request_id", _DELIMITED)
 _TIMINGS = _tag(predictor_pb2.PredictResponse, "timings", _DELIMITED)
 _QUEUE_US = _tag(predictor_pb2.Timings, "queue_us", _VARINT)
 _COMPUTE_US = _tag(predictor_pb2.Timings, "compute_us", _VARINT)
@@ -73,18 +72,16 @@ class AnswerWriter:
 
     def __init__(self, model: str, version: str, outputs: Sequence[tuple[int, TensorSpec]]) -> None:
         self._outputs = [(index, spec, dict[tuple[int, ...], bytes]()) for index, spec in outputs]
-        self._tail = (_delimited(_MODEL, model.encode()) if model else b"") + (
+        self._names = (_delimited(_MODEL, model.encode()) if model else b"") + (
             _delimited(_VERSION, version.encode()) if version else b""
         )
-        self._run = (-1, -1)  # compute_us and batch_rows of the last answer: equal for all of a batch
-        self._run_fields = b""
+        self._timed = (-1, -1, -1)  # of the last answer: most of a batch have the same
+        self._timings = b""
 
-    def parts(self, answer: Answer, request_id: bytes) -> list[Part]:
+    def parts(self, answer: Answer) -> list[Part]:
         """The answer as pieces to be joined; outputs are views, valid as long as the answer's own.
 
-        Args:
-            answer: What the run gave.
-            request_id: As the caller gave it, in ASCII.
+        The request's id, if there is one, belongs before the last piece.
         """
         parts: list[Part] = []
         for index, spec, heads in self._outputs:
@@ -103,21 +100,21 @@ class AnswerWriter:
             parts.append(head)
             if output.size:
                 parts.append(_buffer(output))
-        parts.append(self._ending(answer, request_id))
+        parts.append(self._names)
+        timed = (answer.queue_us, answer.compute_us, answer.batch_rows)
+        if timed != self._timed:
+            self._timed, self._timings = timed, _timings(*timed)
+        parts.append(self._timings)
         return parts
 
-    def _ending(self, answer: Answer, request_id: bytes) -> bytes:
-        run = (answer.compute_us, answer.batch_rows)
-        if run != self._run:
-            self._run = run
-            compute, rows = run
-            self._run_fields = (_COMPUTE_US + varint(compute) if compute else b"") + (
-                _BATCH_ROWS + varint(rows) if rows else b""
-            )
-        queue = answer.queue_us
-        timings = (_QUEUE_US + varint(queue) if queue > 0 else b"") + self._run_fields
-        named = self._tail + _delimited(_REQUEST_ID, request_id) if request_id else self._tail
-        return b"%b%b%b%b" % (named, _TIMINGS, _SHORT[len(timings)], timings)
+
+def _timings(queue_us: int, compute_us: int, rows: int) -> bytes:
+    fields = (
+        (_QUEUE_US + varint(queue_us) if queue_us > 0 else b"")
+        + (_COMPUTE_US + varint(compute_us) if compute_us else b"")
+        + (_BATCH_ROWS + varint(rows) if rows else b"")
+    )
+    return _delimited(_TIMINGS, fields)
 
 
 def _buffer(output: Array) -> Array:

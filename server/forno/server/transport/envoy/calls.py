@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
+    from collections.abc import Callable, Sequence
 
-Layout = tuple[int, int, int, int]
-"""Field numbers that tell the module how to split requests (native/split.h)."""
+Layout = tuple[int, int, int, int, int, int, int, int]
+"""Field numbers that tell the module how to split requests and answer them (native/split.h)."""
 
-NO_LAYOUT: Layout = (0, 0, 0, 0)
+NO_LAYOUT: Layout = (0, 0, 0, 0, 0, 0, 0, 0)
 """Requests are not split."""
-
-Split = tuple[bytes, tuple[int, ...], bytes]
-"""Key, spans and request id of a split request."""
 
 
 class Call(Protocol):
@@ -27,11 +23,12 @@ class Call(Protocol):
     credential: str
     gone: bool
     pending_bytes: int
+    replied: bool  # whether an item was answered on the short way
 
     def metadata(self) -> Sequence[tuple[str, str]]:
         """The caller's headers, without those of the transport."""
 
-    def reply(self, parts: Sequence[Any], /) -> bool:
+    def reply(self, data: bytes, /) -> bool:
         """Answers a unary call with success; False, and nothing sent, where the message would be too large."""
 
     def send_headers(self, pairs: Sequence[tuple[str, str]], /) -> None:
@@ -49,9 +46,53 @@ class Call(Protocol):
     def notify_writable(self) -> bool:
         """Whether a WRITABLE event will come; False where all that was sent has left."""
 
+    def notify_items_done(self) -> bool:
+        """Whether an ITEMS_DONE event will come; False where no item is on the short way."""
 
-Event = tuple[int, Call, bytes | None, bool, Split | None]
-"""Kind, call, message, whether it is compressed, and how it is split."""
+
+class Reply(Protocol):
+    """A request on the short way, and the place for its answer. Event loop only.
+
+    It is a buffer too: the request from the elements of its first tensor on. Dropping it without an answer ends the
+    call with INTERNAL.
+    """
+
+    method: int
+    is_item: bool
+    expires_us: int  # the call's deadline, monotonic; NEVER_US without one
+    request_id: str
+    credential: str
+    peer: str
+    call: Call | None  # what it is an item of
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, parts: Sequence[Any], /) -> None:
+        """Answers with a message, given in parts that are copied; the request id's field goes before the last."""
+
+    def set_exception(self, error: BaseException, /) -> None:
+        """Has the host answer with an error."""
+
+    def end(self, code: int, message: str, trailers: Sequence[tuple[str, str]], /) -> None:
+        """Ends the whole call; the message is percent-encoded."""
+
+    def send(self, data: bytes, /) -> None:
+        """Answers with a whole message."""
+
+    def hand_over(self) -> Call | None:
+        """Leaves the short way; None where the call has ended."""
+
+    def message(self) -> bytes:
+        """The whole serialized message."""
+
+    def spans(self) -> tuple[int, ...]:
+        """Offset and size of each tensor's elements, flat; offsets into the buffer."""
+
+
+Event = tuple[int, Any, Any, Any]
+"""Kind, call, message or None, whether that is compressed. Or HOT, method, key, Replies. Or CANCEL, method, None, False
+for a call that was on the short way."""
 
 
 class Native(Protocol):
@@ -63,9 +104,36 @@ class Native(Protocol):
     CANCEL: int
     WRITABLE: int
     STOP: int
+    ITEMS_DONE: int
+    HOT: int
 
-    def serve(self, methods: list[tuple[str, bool, Layout]], max_message_bytes: int, max_inbox_bytes: int, /) -> int:
-        """Opens the doors; the descriptor that is readable when events wait."""
+    def serve(
+        self,
+        methods: list[tuple[str, bool, Layout]],
+        max_message_bytes: int,
+        max_inbox_bytes: int,
+        max_items: int,
+        fail: Callable[[Reply, BaseException | int], None],
+        /,
+    ) -> int:
+        """Opens the doors; the descriptor that is readable when events wait.
+
+        Args:
+            methods: Path, whether requests stream, and layout of each.
+            max_message_bytes: Largest message.
+            max_inbox_bytes: Of a streaming call's requests that wait, before Envoy stops reading.
+            max_items: Of one streaming call that are on the short way at once.
+            fail: Told of a Reply and an error, or a size that is over the limit.
+        """
 
     def take(self) -> list[Event]:
-        """All events that wait."""
+        """All events that wait. Answers then wait for `flush`."""
+
+    def flush(self) -> None:
+        """Lets all answers leave that were given since `take`."""
+
+    def take_answered(self) -> list[tuple[int, int]]:
+        """Successes of unary calls on the short way since the last time: method, how many."""
+
+    def unanswered(self) -> list[Reply]:
+        """Unary calls on the short way that have no answer yet."""

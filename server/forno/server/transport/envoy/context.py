@@ -68,6 +68,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._half_closed = False
         self._waiter: asyncio.Future[None] | None = None
         self._writers: list[asyncio.Future[None]] = []
+        self._items_waiter: asyncio.Future[None] | None = None
         self._turn = 0
         self._metadata: Sequence[tuple[str, str]] | None = None
         self._callbacks: list[Callable[[Any], None]] = []
@@ -92,6 +93,11 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         for writer in writers:
             if not writer.done():
                 writer.set_result(None)
+
+    def on_items_done(self) -> None:
+        """The last item on the short way has been answered."""
+        if self._items_waiter is not None and not self._items_waiter.done():
+            self._items_waiter.set_result(None)
 
     def on_cancel(self) -> None:
         """The caller has gone."""
@@ -118,6 +124,16 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
                     callback(self)
                 except Exception:
                     log.exception("a done callback raised")
+
+    async def items_done(self) -> None:
+        """Returns when no item of the stream is on the short way any more."""
+        if self._call.notify_items_done():
+            self._items_waiter = asyncio.get_running_loop().create_future()
+            await self._items_waiter
+
+    def has_answered(self) -> bool:
+        """Whether the client was given an answer that the handler does not know of: by the short way."""
+        return self._call.replied
 
     @property
     def plain(self) -> bool:

@@ -12,24 +12,27 @@ import importlib
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from forno.server import turn
 from forno.server.errors import FornoError
 from forno.server.security import access
 from forno.server.servicers import status
-from forno.server.transport.envoy import compression, metadata
+from forno.server.transport.envoy import compression
 from forno.server.transport.envoy.calls import NO_LAYOUT
-from forno.server.transport.envoy.context import Aborted, Context, encode_details
-from forno.server.transport.envoy.hot import HotReply
+from forno.server.transport.envoy.context import Aborted, Context, encode_details, too_large
+from forno.server.transport.envoy.metadata import to_wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from forno.server.security.access import Principal
     from forno.server.security.guard import Guard
-    from forno.server.transport.envoy.calls import Call, Native, Split
-    from forno.server.transport.envoy.hot import HotHandler
+    from forno.server.transport.envoy.calls import Call, Layout, Native, Reply
+    from forno.server.transport.envoy.hot import HotHandler, Status
+    from forno.server.transport.envoy.metadata import MetadataPair
 
     CountRpcs = Callable[[str, str, int], None]
 
@@ -38,6 +41,11 @@ log = logging.getLogger("forno.transport")
 EARLY_S = 0.02
 """How long before its deadline a stream of responses is ended. Envoy, which keeps the deadlines of all calls, can only
 reset a stream that has begun, and a client may take that for another error."""
+
+MAX_INBOX_BYTES = 4 * 1024 * 1024
+MAX_ITEMS = 256
+"""Items of one stream that may be on the short way at once; the others wait, and the stream is not read further."""
+_DRAIN_POLL_S = 0.01
 
 
 @dataclass(slots=True)
@@ -52,7 +60,7 @@ class Method:
     generator: bool  # an async generator function, rather than a coroutine that writes
     need: str | None = None  # what the guard asks of its callers; None = nothing
     hot: HotHandler | None = None  # its short way
-    answered: int = 0  # plain successes since the last count
+    layout: Layout = NO_LAYOUT
 
 
 class EnvoyHost:
@@ -72,8 +80,7 @@ class EnvoyHost:
         self.count_rpcs = count_rpcs
         self._guard = guard
         self._methods: list[Method] = []
-        self._live: dict[Call, _Running | HotReply] = {}
-        self._uncounted: set[str] = set()
+        self._live: dict[Call, _Running] = {}  # but those on the short way, which the module knows
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._draining = False
@@ -113,28 +120,30 @@ class EnvoyHost:
                 )
             )
 
-    def add_hot_handler(self, path: str, handler: HotHandler) -> None:
-        """Gives a unary method, registered before, a short way for requests that repeat.
+    def add_hot_handler(self, path: str, handler: HotHandler, layout: Layout) -> None:
+        """Gives a method, registered before, a short way for requests that repeat.
+
+        Args:
+            path: The method, unary or of streams in both directions.
+            handler: Takes the requests.
+            layout: How they are split and answered.
 
         Raises:
             KeyError: There is no such method.
         """
         methods = {method.path: method for method in self._methods}
-        methods[path].hot = handler
+        methods[path].hot, methods[path].layout = handler, layout
 
     def start(self) -> None:
         """Opens the doors: from now on calls arrive."""
-        methods = [
-            (method.path, method.handler.request_streaming, method.hot.layout if method.hot else NO_LAYOUT)
-            for method in self._methods
-        ]
-        descriptor = self._native.serve(methods, self._max_message_bytes, 4 * 1024 * 1024)
+        methods = [(method.path, method.handler.request_streaming, method.layout) for method in self._methods]
+        descriptor = self._native.serve(methods, self._max_message_bytes, MAX_INBOX_BYTES, MAX_ITEMS, self._fail_reply)
         self._loop.add_reader(descriptor, self._drain)
 
     @property
     def calls_in_flight(self) -> int:
         """Calls that have not been answered."""
-        return len(self._live)
+        return len(self._live) + len(self._native.unanswered())
 
     async def wait_idle(self) -> None:
         """Refuses new calls from now on, and returns when none is in flight."""
@@ -142,74 +151,135 @@ class EnvoyHost:
         while self._live:
             self._idle.clear()
             await self._idle.wait()
+        while self._native.unanswered():  # noqa: ASYNC110  (nobody is told of each answer)
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     def cancel_all(self) -> None:
         """Ends what is still in flight with UNAVAILABLE."""
+        for reply in self._native.unanswered():
+            self._end_reply(reply, grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
         for call, running in list(self._live.items()):
-            if isinstance(running, HotReply):
-                running.end(grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
-                continue
             running.context.set_code(grpc.StatusCode.UNAVAILABLE)
             running.context.set_details("the server is shutting down")
             self._cancel(call, running)
 
     def _drain(self) -> None:
         native = self._native
-        if self._uncounted:
-            self._count_answered()
-        for kind, call, message, compressed, split in native.take():
-            if kind == native.CALL:
-                if self._draining:  # callers that never pause would keep the server alive
-                    call.send_status(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
-                    continue
-                method = self._methods[call.method]
-                if self._guard and not self._admit(self._guard, method, call):
-                    continue
-                if split is not None and method.hot is not None:
-                    reply = self._live[call] = HotReply(self, call, method)
-                    try:
-                        if method.hot(message, *split, call.deadline_us, reply):
-                            continue
-                    except Exception as error:  # noqa: BLE001  (the calls behind it must not suffer)
-                        reply.set_exception(error)
-                        continue
-                context = Context(call, method.decode, method.encode)
-                if method.handler.request_streaming or method.handler.response_streaming:
-                    run = self._stream(method, context, message, compressed)
+        turn.begin()
+        try:
+            for kind, call, message, more in native.take():
+                if kind == native.HOT:
+                    self._take_short_way(self._methods[call], message, more)
                 else:
-                    run = self._unary(method, context, call, bytes(message or b""), compressed, split)
-                self._live[call] = _Running(self._loop.create_task(run), context, method)
-                continue
-            if kind == native.STOP:
-                self.stopped.set()
-                continue
-            running = self._live.get(call)
-            if running is None:
-                continue
-            if isinstance(running, HotReply):
-                running.cancel()
-                continue
-            context = running.context
-            if kind == native.MESSAGE:
-                context.on_message(message or b"", compressed)
-            elif kind == native.HALF_CLOSE:
-                context.on_half_close()
-            elif kind == native.WRITABLE:
-                context.on_writable()
-            else:
-                context.on_cancel()
-                self._cancel(call, running)
+                    self._handle(kind, call, message, more)
+        finally:
+            turn.end(self._loop)
+            native.flush()
 
-    def _admit(self, guard: Guard, method: Method, call: Call) -> bool:
+    def _take_short_way(self, method: Method, key: bytes, replies: Sequence[Reply]) -> None:
+        """Hands requests of one key to their handler, or lets them go the ordinary way."""
+        if self._draining and not replies[0].is_item:  # callers that never pause would keep the server alive
+            for reply in replies:
+                self._end_reply(reply, grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
+            return
+        if self._guard is None:
+            self._hand_to(method, key, replies)
+            return
+        for reply in replies:  # each has a caller of its own
+            call = reply.call
+            if call is not None and (running := self._live.get(call)) is not None:
+                access.CURRENT.set(running.principal)
+                self._hand_to(method, key, (reply,))
+                running.principal = access.CURRENT.get()
+            elif not reply.is_item and self._admit(self._guard, method, reply, reply.end):
+                self._hand_to(method, key, (reply,))
+
+    def _hand_to(self, method: Method, key: bytes, replies: Sequence[Reply]) -> None:
+        try:
+            if method.hot is not None and method.hot(key, replies):
+                return
+        except Exception as error:  # noqa: BLE001  (the calls behind them must not suffer)
+            for reply in replies:
+                reply.set_exception(error)
+            return
+        for reply in replies:
+            message = reply.message()
+            call = reply.hand_over()
+            if call is None:
+                continue
+            if not reply.is_item:
+                self._begin(call, method, message, 0)
+            elif call in self._live:
+                self._live[call].context.on_message(message, False)
+
+    def _handle(self, kind: int, call: Call, message: bytes | None, compressed: int) -> None:
+        native = self._native
+        if kind == native.CALL:
+            self._count_answered()
+            if self._draining:
+                call.send_status(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
+                return
+            method = self._methods[call.method]
+            if self._guard is None or self._admit(self._guard, method, call, call.send_status):
+                self._begin(call, method, message, compressed)
+            return
+        if kind == native.STOP:
+            self.stopped.set()
+            return
+        if isinstance(call, int):
+            self.count_rpcs(self._methods[call].path, "CANCELLED", 1)
+            return
+        running = self._live.get(call)
+        if running is None:
+            return
+        context = running.context
+        if kind == native.MESSAGE:
+            context.on_message(message or b"", bool(compressed))
+        elif kind == native.HALF_CLOSE:
+            context.on_half_close()
+        elif kind == native.WRITABLE:
+            context.on_writable()
+        elif kind == native.ITEMS_DONE:
+            context.on_items_done()
+        else:
+            context.on_cancel()
+            self._cancel(call, running)
+
+    def _begin(self, call: Call, method: Method, message: bytes | None, compressed: int) -> None:
+        context = Context(call, method.decode, method.encode)
+        if method.handler.request_streaming or method.handler.response_streaming:
+            run = self._stream(method, context, message, compressed)
+        else:
+            run = self._unary(method, context, call, message or b"", compressed)
+        self._live[call] = _Running(self._loop.create_task(run), context, method, access.CURRENT.get())
+
+    def _fail_reply(self, reply: Reply, why: BaseException | int) -> None:
+        """Answers a request on the short way with an error; `why` may be the size of an answer that is too large."""
+        hot = self._methods[reply.method].hot
+        if hot is None:
+            return
+        told: Status = (
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, too_large(why), ()) if isinstance(why, int) else hot.status_of(why)
+        )
+        if reply.is_item:
+            reply.send(hot.error_item(reply.request_id, told))
+        else:
+            self._end_reply(reply, *told)
+
+    def _end_reply(self, reply: Reply, code: grpc.StatusCode, details: str, trailing: Sequence[MetadataPair]) -> None:
+        reply.end(code.value[0], encode_details(details), to_wire(trailing))
+        self.count_rpcs(self._methods[reply.method].path, code.name, 1)
+
+    def _admit(self, guard: Guard, method: Method, caller: Call | Reply, refuse: Callable[..., None]) -> bool:
         """Lets a call in, as the principal of what runs from here and of the task that will serve it; or refuses it."""
         principal = None
         if method.need is not None:
             try:
-                principal = guard.admit(method.need, call.credential, call.peer)
+                principal = guard.admit(method.need, caller.credential, caller.peer)
             except FornoError as error:
                 told = status.to_status(error)
                 code, trailing = status.CODES[told.code], status.trailing_metadata(error, told)
-                call.send_status(told.code, encode_details(told.message), metadata.to_wire(trailing))
+                refuse(told.code, encode_details(told.message), to_wire(trailing))
                 self.count_rpcs(method.path, code.name, 1)
                 return False
         access.CURRENT.set(principal)
@@ -223,17 +293,13 @@ class EnvoyHost:
             self._fail(running.method, running.context, asyncio.CancelledError())
             self.forget(call)
 
-    async def _unary(
-        self, method: Method, context: Context, call: Call, message: bytes, compressed: bool, split: Split | None
-    ) -> None:
+    async def _unary(self, method: Method, context: Context, call: Call, message: bytes, compressed: int) -> None:
         try:
             request = context.decode(message, compressed)
             response = await method.behavior(request, context)
             data = method.encode(response) if response is not None else b""
-            if response is not None and context.plain and call.reply((data,)):
-                self.note_answered(method)
-                if split is not None and method.hot is not None:
-                    method.hot.learn(split[0], split[1], request)
+            if response is not None and context.plain and call.reply(data):
+                self.count_rpcs(method.path, "OK", 1)
             elif response is None and context.code() is None:
                 raise TypeError("the handler returned None")  # as in stock gRPC: UNKNOWN
             else:
@@ -270,6 +336,8 @@ class EnvoyHost:
                         await context.write(response)
             else:
                 await method.behavior(request, context)
+            if method.hot is not None:
+                await context.items_done()
             if not context.headers_sent and context.code() in (None, grpc.StatusCode.OK):
                 await context.send_initial_metadata(())
             self.count_rpcs(method.path, context.finish(), 1)
@@ -282,10 +350,9 @@ class EnvoyHost:
 
     def _expire(self, call: Call) -> None:
         running = self._live[call]
-        if isinstance(running, _Running):
-            running.context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
-            running.context.set_details("the deadline has passed")
-            self._cancel(call, running)
+        running.context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
+        running.context.set_details("the deadline has passed")
+        self._cancel(call, running)
 
     def _fail(self, method: Method, context: Context, error: BaseException) -> None:
         if isinstance(error, Aborted):
@@ -310,23 +377,17 @@ class EnvoyHost:
         if not self._live:
             self._idle.set()
 
-    def note_answered(self, method: Method) -> None:
-        """Notes a plain success; counted at the next wake, and so before a scrape that would show it."""
-        if not method.answered:
-            self._uncounted.add(method.path)
-        method.answered += 1
-
     def _count_answered(self) -> None:
-        for method in self._methods:
-            if method.answered:
-                self.count_rpcs(method.path, "OK", method.answered)
-                method.answered = 0
-        self._uncounted.clear()
+        """Counts successes on the short way; before the next call begins, and so before a scrape."""
+        for number, count in self._native.take_answered():
+            self.count_rpcs(self._methods[number].path, "OK", count)
 
 
-class _Running(NamedTuple):
+@dataclass(slots=True)
+class _Running:
     """A call whose handler runs as a task."""
 
     task: asyncio.Task[None]
     context: Context
     method: Method
+    principal: Principal | None  # of a stream's items on the short way; its task has its own

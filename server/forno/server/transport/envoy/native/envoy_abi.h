@@ -34,6 +34,7 @@ bool envoy_dynamic_module_callback_http_filter_get_attribute_string(void* filter
 size_t envoy_dynamic_module_callback_http_get_body_chunks_size(void* filter, int type);
 bool envoy_dynamic_module_callback_http_get_body_chunks(void* filter, int type, Buffer* chunks);
 bool envoy_dynamic_module_callback_http_drain_body(void* filter, int type, size_t bytes);
+void envoy_dynamic_module_callback_http_set_buffer_limit(void* filter, uint64_t bytes);
 void envoy_dynamic_module_callback_http_send_response(void* filter, uint32_t status, Header* headers, size_t count,
                                                       Buffer body, Buffer details);
 void envoy_dynamic_module_callback_http_send_response_headers(void* filter, Header* headers, size_t count, bool end);

@@ -1,4 +1,5 @@
-// `_forno_envoy`, the module that Python sees: events out (`take`), answers in (Call.reply, Call.send_*).
+// `_forno_envoy`, the module that Python sees: events out (`take`), answers in (Call.reply, Call.send_*; for requests that
+// take the short way, see replies.cc).
 //
 // All of it runs on the event loop's thread, with the interpreter's lock held.
 #include "interpreter.h"
@@ -7,6 +8,8 @@ Inbox& inbox = *new Inbox;
 std::atomic<const Methods*> methods{nullptr};
 
 namespace {
+
+constexpr int kHot = 100;  // kind of an event that no worker sends
 
 struct Call {
   PyObject_HEAD
@@ -34,26 +37,17 @@ PyObject* pack(Items... items) {
 
 Stream& stream_of(PyObject* self) { return **reinterpret_cast<Call*>(self)->stream; }
 
-Metadata status_metadata(int code, std::string_view message) {
-  Metadata out;
-  out.emplace_back("grpc-status", std::to_string(code));
-  if (!message.empty()) out.emplace_back("grpc-message", message);
-  return out;
-}
-
 void call_dealloc(PyObject* self) {
   Call* call = reinterpret_cast<Call*>(self);
   (*call->stream)->call = nullptr;
   if (!call->answered) {  // no caller is ever left waiting, whatever becomes of its handler
-    (*call->stream)->send({{Part::kStatus, status_metadata(13, "the handler ended without an answer"), {}}});
+    send_status(**call->stream, status_metadata(kInternal, "the handler ended without an answer"));
   }
   delete call->stream;
   PyTypeObject* type = Py_TYPE(self);
   type->tp_free(self);
   Py_DECREF(type);
 }
-
-PyObject* text(std::string_view s) { return PyUnicode_DecodeUTF8(s.data(), static_cast<Py_ssize_t>(s.size()), "replace"); }
 
 PyObject* call_metadata(PyObject* self, PyObject*) {
   const std::string_view metadata = stream_of(self).metadata;
@@ -67,21 +61,6 @@ PyObject* call_metadata(PyObject* self, PyObject*) {
     at = value_end + 1;
   }
   return out;
-}
-
-// Appends a sequence of (str, str) to metadata.
-bool append_metadata(PyObject* pairs, Metadata& out) {
-  PyObject* sequence = PySequence_Fast(pairs, "metadata must be a sequence of pairs");
-  if (!sequence) return false;
-  bool good = true;
-  for (Py_ssize_t i = 0; good && i < PySequence_Fast_GET_SIZE(sequence); i++) {
-    const char *key, *value;
-    Py_ssize_t key_size, value_size;
-    good = PyArg_ParseTuple(PySequence_Fast_GET_ITEM(sequence, i), "s#s#", &key, &key_size, &value, &value_size);
-    if (good) out.emplace_back(std::string(key, key_size), std::string(value, value_size));
-  }
-  Py_DECREF(sequence);
-  return good;
 }
 
 PyObject* call_send_headers(PyObject* self, PyObject* pairs) {
@@ -111,37 +90,27 @@ PyObject* call_send_status(PyObject* self, PyObject* args) {
   Py_ssize_t message_size;
   PyObject* trailers;
   if (!PyArg_ParseTuple(args, "is#O", &code, &message, &message_size, &trailers)) return nullptr;
-  Part part{Part::kStatus, status_metadata(code, {message, static_cast<size_t>(message_size)}), {}};
-  if (!append_metadata(trailers, part.metadata)) return nullptr;
+  Metadata status = status_metadata(code, {message, static_cast<size_t>(message_size)});
+  if (!append_metadata(trailers, status)) return nullptr;
   reinterpret_cast<Call*>(self)->answered = true;
-  std::vector<Part> parts;
-  parts.push_back(std::move(part));
-  stream_of(self).send(std::move(parts));
+  send_status(stream_of(self), std::move(status));
   Py_RETURN_NONE;
 }
 
-// Frames the parts of one message and sends them as the whole answer of a successful unary call. The parts are copied
-// here and not looked at afterwards. False, and nothing sent, where together they are larger than a message may be.
-PyObject* call_reply(PyObject* self, PyObject* parts) {
-  PyObject* sequence = PySequence_Fast(parts, "reply takes a sequence of buffers");
-  if (!sequence) return nullptr;
-  const size_t limit = methods.load(std::memory_order_acquire)->max_message_bytes;
-  std::string framed(kPrefixBytes, '\0');
-  bool good = true;
-  for (Py_ssize_t i = 0; good && i < PySequence_Fast_GET_SIZE(sequence); i++) {
-    Py_buffer view;
-    good = PyObject_GetBuffer(PySequence_Fast_GET_ITEM(sequence, i), &view, PyBUF_C_CONTIGUOUS) == 0;
-    if (!good) break;
-    framed.append(static_cast<const char*>(view.buf), static_cast<size_t>(view.len));
-    PyBuffer_Release(&view);
+// One message as the whole answer of a successful unary call. False, and nothing sent, where it is larger than a message
+// may be.
+PyObject* call_reply(PyObject* self, PyObject* data) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(data, &view, PyBUF_C_CONTIGUOUS) < 0) return nullptr;
+  const Piece piece(static_cast<const char*>(view.buf), static_cast<size_t>(view.len));
+  const bool fits = piece.size() <= methods.load(std::memory_order_acquire)->max_message_bytes;
+  if (fits) {
+    reinterpret_cast<Call*>(self)->answered = true;
+    stream_of(self).reply(&piece, 1);
+    stream_of(self).commit();
   }
-  Py_DECREF(sequence);
-  if (!good) return nullptr;
-  if (framed.size() - kPrefixBytes > limit) Py_RETURN_FALSE;
-  set_prefix(framed, false);
-  reinterpret_cast<Call*>(self)->answered = true;
-  stream_of(self).reply(std::move(framed));
-  Py_RETURN_TRUE;
+  PyBuffer_Release(&view);
+  return PyBool_FromLong(fits);
 }
 
 PyObject* call_consumed(PyObject* self, PyObject* bytes) {
@@ -153,7 +122,12 @@ PyObject* call_consumed(PyObject* self, PyObject* bytes) {
 
 PyObject* call_notify_writable(PyObject* self, PyObject*) { return PyBool_FromLong(stream_of(self).notify_writable()); }
 
+PyObject* call_notify_items_done(PyObject* self, PyObject*) {
+  return PyBool_FromLong(stream_of(self).notify_items_done());
+}
+
 PyObject* get_pending_bytes(PyObject* self, void*) { return PyLong_FromSize_t(stream_of(self).pending_bytes()); }
+PyObject* get_replied(PyObject* self, void*) { return PyBool_FromLong(stream_of(self).replied); }
 PyObject* get_gone(PyObject* self, void*) { return PyBool_FromLong(stream_of(self).gone()); }
 PyObject* get_method(PyObject* self, void*) { return PyLong_FromLong(stream_of(self).method); }
 PyObject* get_deadline_us(PyObject* self, void*) { return PyLong_FromLongLong(stream_of(self).deadline_us); }
@@ -169,8 +143,11 @@ PyMethodDef call_methods[] = {
     {"consumed", call_consumed, METH_O, "Says that so many bytes of the request stream have been used up."},
     {"notify_writable", call_notify_writable, METH_NOARGS,
      "True: a WRITABLE event comes when what was sent has left for the client. False: it has."},
+    {"notify_items_done", call_notify_items_done, METH_NOARGS,
+     "True: an ITEMS_DONE event comes when the last item on the short way has been answered. False: it has."},
     {nullptr, nullptr, 0, nullptr}};
 PyGetSetDef call_getters[] = {{"pending_bytes", get_pending_bytes, nullptr, "Bytes sent that wait for the worker.", nullptr},
+                              {"replied", get_replied, nullptr, "Whether an item was answered on the short way.", nullptr},
                               {"gone", get_gone, nullptr, "Whether the caller has gone.", nullptr},
                               {"method", get_method, nullptr, "The number the method was registered with.", nullptr},
                               {"deadline_us", get_deadline_us, nullptr, "Monotonic microseconds; -1 without one.", nullptr},
@@ -186,7 +163,181 @@ PyType_Spec call_spec = {"_forno_envoy.Call", sizeof(Call), 0, Py_TPFLAGS_DEFAUL
                          call_slots};
 PyTypeObject* call_type = nullptr;
 
-// The stream's Call; made for its first event. New reference, or null with no error if the loop has dropped it.
+PyObject* bytes_of(std::string_view data) { return PyBytes_FromStringAndSize(data.data(), static_cast<Py_ssize_t>(data.size())); }
+
+// The list of events that `take` makes.
+class Events {
+ public:
+  Events() : out_(PyList_New(0)) {}
+
+  bool good() const { return out_ && !PyErr_Occurred(); }
+
+  // The list; null with an error set.
+  PyObject* finish() {
+    if (!good()) Py_CLEAR(out_);
+    return out_;
+  }
+
+  void add(Event& event) {
+    switch (event.kind) {
+      case EventKind::kCall:
+        if (event.stream->gone()) return;  // gave up before anybody looked: it never runs
+        if (!event.message.split.key.empty()) return add_hot(event.stream, std::move(event.message));
+        return add(event, call_of(event.stream, true));
+      case EventKind::kMessage:
+        if (event.message.split.key.empty()) return add(event, call_of(event.stream, false));
+        event.stream->hold(std::move(event.message));
+        return release(event.stream);
+      case EventKind::kRelease:
+        event.stream->released();
+        return release(event.stream);
+      case EventKind::kHalfClose:
+        event.stream->half_closed = true;
+        return release(event.stream);
+      case EventKind::kCancel: {
+        const bool hot = event.stream->replies && !event.stream->call;
+        drop_replies(*event.stream);
+        if (!hot) return add(event, call_of(event.stream, false));
+        return append(Py_BuildValue("(iiOi)", static_cast<int>(EventKind::kCancel), event.stream->method, Py_None, 0));
+      }
+      case EventKind::kStop:
+        return add(event, Py_NewRef(Py_None));
+      default:
+        return add(event, call_of(event.stream, false));
+    }
+  }
+
+ private:
+  void append(PyObject* item) {
+    if (item && out_) PyList_Append(out_, item);
+    Py_XDECREF(item);
+    replies_ = nullptr;
+  }
+
+  // Takes the call. Without one there is nobody left to tell.
+  void add(const Event& event, PyObject* call) {
+    if (!call) return;
+    const std::string_view bytes = event.message.view();
+    const bool has_message = event.kind == EventKind::kMessage || (event.kind == EventKind::kCall && event.message.begin);
+    PyObject* message = has_message ? bytes_of(bytes) : Py_NewRef(Py_None);
+    if (!message) return Py_DECREF(call);
+    append(Py_BuildValue("(iNNO)", static_cast<int>(event.kind), call, message,
+                         event.message.compressed ? Py_True : Py_False));
+  }
+
+  // Requests of one method that differ in nothing but their elements stand together, where they come so.
+  void add_hot(const StreamPtr& stream, Message message) {
+    if (!replies_ || method_ != stream->method || key_ != message.split.key) {
+      key_ = message.split.key;
+      method_ = stream->method;
+      PyObject* replies = PyList_New(0);
+      PyObject* key = replies ? bytes_of(key_) : nullptr;
+      if (!key) return Py_XDECREF(replies);
+      append(Py_BuildValue("(iiNN)", kHot, method_, key, replies));
+      replies_ = replies;
+    }
+    PyObject* reply = good() ? make_reply(stream, std::move(message)) : nullptr;
+    if (reply) PyList_Append(replies_, reply);
+    Py_XDECREF(reply);
+  }
+
+  // Lets go what there is room for, and then the half-close behind it.
+  void release(const StreamPtr& stream) {
+    Message message;
+    while (stream->next_item(message)) add_hot(stream, std::move(message));
+    if (!stream->half_closed || stream->has_waiting()) return;
+    stream->half_closed = false;
+    const Event event{EventKind::kHalfClose, stream, {}};
+    add(event, call_of(stream, false));
+  }
+
+  PyObject* out_;
+  PyObject* replies_ = nullptr;  // of the last event, borrowed; null where that is no group
+  std::string key_;
+  int method_ = -1;
+};
+
+PyObject* take(PyObject*, PyObject*) {
+  std::vector<Event> taken = inbox.take();
+  cork();
+  Events events;
+  for (size_t i = 0; events.good() && i < taken.size(); i++) events.add(taken[i]);
+  return events.finish();
+}
+
+PyObject* serve(PyObject*, PyObject* args) {
+  PyObject* paths;
+  Py_ssize_t max_message_bytes, max_inbox_bytes, max_items;
+  PyObject* fail;
+  if (!PyArg_ParseTuple(args, "O!nnnO", &PyList_Type, &paths, &max_message_bytes, &max_inbox_bytes, &max_items, &fail)) {
+    return nullptr;
+  }
+  Methods* next = new Methods;  // never freed: streams keep looking at it
+  next->max_message_bytes = static_cast<size_t>(max_message_bytes);
+  next->max_inbox_bytes = static_cast<size_t>(max_inbox_bytes);
+  next->max_items = static_cast<size_t>(max_items);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(paths); i++) {
+    const char* path;
+    int request_streaming;
+    Layout layout;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(paths, i), "sp(IIIIIIII)", &path, &request_streaming, &layout.tensors,
+                          &layout.request_id, &layout.tensor_data, &layout.tensor_plain, &layout.answer_id,
+                          &layout.item_request, &layout.item_id, &layout.item_answer)) {
+      delete next;
+      return nullptr;
+    }
+    next->by_path[path] = {static_cast<int>(i), request_streaming != 0, layout};
+    next->layouts.push_back(layout);
+  }
+  set_fail_hook(fail);
+  methods.store(next, std::memory_order_release);
+  return PyLong_FromLong(inbox.fd());
+}
+
+PyMethodDef module_methods[] = {
+    {"serve", serve, METH_VARARGS,
+     "Opens the doors: ([(path, request_streaming, layout)], max_message_bytes, max_inbox_bytes, max_items, fail) ->\n"
+     "descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests are not to be split.\n"
+     "`fail` is called with a Reply and an error, or a size that is over the limit."},
+    {"take", take, METH_NOARGS,
+     "All events that wait: [(kind, Call, message or None, compressed)], but (HOT, method, key, [Reply]), and\n"
+     "(CANCEL, method, None, False) of a call on the short way. `flush` is to be called when they have been handled."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_forno_envoy", "The interpreter's side of Envoy.", -1, module_methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyObject* text(std::string_view s) { return PyUnicode_DecodeUTF8(s.data(), static_cast<Py_ssize_t>(s.size()), "replace"); }
+
+Metadata status_metadata(int code, std::string_view message) {
+  Metadata out;
+  out.emplace_back("grpc-status", std::to_string(code));
+  if (!message.empty()) out.emplace_back("grpc-message", message);
+  return out;
+}
+
+bool append_metadata(PyObject* pairs, Metadata& out) {
+  PyObject* sequence = PySequence_Fast(pairs, "metadata must be a sequence of pairs");
+  if (!sequence) return false;
+  bool good = true;
+  for (Py_ssize_t i = 0; good && i < PySequence_Fast_GET_SIZE(sequence); i++) {
+    const char *key, *value;
+    Py_ssize_t key_size, value_size;
+    good = PyArg_ParseTuple(PySequence_Fast_GET_ITEM(sequence, i), "s#s#", &key, &key_size, &value, &value_size);
+    if (good) out.emplace_back(std::string(key, key_size), std::string(value, value_size));
+  }
+  Py_DECREF(sequence);
+  return good;
+}
+
+void send_status(Stream& stream, Metadata status) {
+  drop_replies(stream);
+  std::vector<Part> parts;
+  parts.push_back({Part::kStatus, std::move(status), {}});
+  stream.send(std::move(parts));
+}
+
 PyObject* call_of(const StreamPtr& stream, bool make) {
   if (stream->call) return Py_NewRef(static_cast<PyObject*>(stream->call));
   if (!make) return nullptr;
@@ -198,127 +349,16 @@ PyObject* call_of(const StreamPtr& stream, bool make) {
   return reinterpret_cast<PyObject*>(call);
 }
 
-// A split request's bytes: read-only, moved here rather than copied, and kept by whatever array looks at them.
-struct RequestBytes {
-  PyObject_HEAD
-  std::string* bytes;
-};
-
-int request_bytes_get(PyObject* self, Py_buffer* view, int flags) {
-  std::string& bytes = *reinterpret_cast<RequestBytes*>(self)->bytes;
-  return PyBuffer_FillInfo(view, self, bytes.data() + kPrefixBytes, static_cast<Py_ssize_t>(bytes.size() - kPrefixBytes),
-                           1, flags);
-}
-
-void request_bytes_dealloc(PyObject* self) {
-  delete reinterpret_cast<RequestBytes*>(self)->bytes;
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-PyType_Slot request_bytes_slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(request_bytes_dealloc)},
-                                     {Py_bf_getbuffer, reinterpret_cast<void*>(request_bytes_get)},
-                                     {Py_tp_doc, const_cast<char*>("A serialized request, as a read-only buffer.")},
-                                     {0, nullptr}};
-PyType_Spec request_bytes_spec = {"_forno_envoy.RequestBytes", sizeof(RequestBytes), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, request_bytes_slots};
-PyTypeObject* request_bytes_type = nullptr;
-
-PyObject* bytes_of(const char* data, size_t size) {
-  return PyBytes_FromStringAndSize(data, static_cast<Py_ssize_t>(size));
-}
-
-// (key, spans, request id) of a split request.
-PyObject* split_of(const Message& message) {
-  const Split& split = message.split;
-  PyObject* spans = PyTuple_New(static_cast<Py_ssize_t>(split.spans.size()));
-  for (size_t i = 0; spans && i < split.spans.size(); i++) {
-    PyTuple_SET_ITEM(spans, static_cast<Py_ssize_t>(i), PyLong_FromUnsignedLongLong(split.spans[i]));
-  }
-  PyObject* key = bytes_of(split.key.data(), split.key.size());
-  PyObject* id = bytes_of(message.bytes.data() + kPrefixBytes + split.id_at, split.id_size);
-  return pack(key, spans, id);
-}
-
-PyObject* message_of(Event& event) {
-  std::string& bytes = event.message.bytes;
-  if (!event.message.split.key.empty()) {
-    RequestBytes* out = reinterpret_cast<RequestBytes*>(request_bytes_type->tp_alloc(request_bytes_type, 0));
-    if (out) out->bytes = new std::string(std::move(bytes));
-    return reinterpret_cast<PyObject*>(out);
-  }
-  if (event.kind == EventKind::kMessage) return bytes_of(bytes.data(), bytes.size());
-  if (event.kind != EventKind::kCall || bytes.empty()) return Py_NewRef(Py_None);
-  return bytes_of(bytes.data() + kPrefixBytes, bytes.size() - kPrefixBytes);
-}
-
-// One event as a tuple; None where there is nobody left to tell.
-PyObject* tuple_of(Event& event) {
-  const bool first = event.kind == EventKind::kCall;
-  if (first && event.stream->gone()) return Py_NewRef(Py_None);  // gave up before anybody looked: it never runs
-  PyObject* call = event.stream ? call_of(event.stream, first) : Py_NewRef(Py_None);
-  if (!call) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
-  PyObject* split = event.message.split.key.empty() ? Py_NewRef(Py_None) : split_of(event.message);
-  PyObject* message = message_of(event);
-  return pack(PyLong_FromLong(static_cast<long>(event.kind)), call, message, PyBool_FromLong(event.message.compressed),
-              split);
-}
-
-PyObject* take(PyObject*, PyObject*) {
-  std::vector<Event> events = inbox.take();
-  PyObject* out = PyList_New(0);
-  for (size_t i = 0; out && i < events.size(); i++) {
-    PyObject* item = tuple_of(events[i]);
-    if (!item || (item != Py_None && PyList_Append(out, item) < 0)) Py_CLEAR(out);
-    Py_XDECREF(item);
-  }
-  return out;
-}
-
-PyObject* serve(PyObject*, PyObject* args) {
-  PyObject* paths;
-  Py_ssize_t max_message_bytes, max_inbox_bytes;
-  if (!PyArg_ParseTuple(args, "O!nn", &PyList_Type, &paths, &max_message_bytes, &max_inbox_bytes)) return nullptr;
-  Methods* next = new Methods;  // never freed: streams keep looking at it
-  next->max_message_bytes = static_cast<size_t>(max_message_bytes);
-  next->max_inbox_bytes = static_cast<size_t>(max_inbox_bytes);
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(paths); i++) {
-    const char* path;
-    int request_streaming;
-    Layout layout;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(paths, i), "sp(IIII)", &path, &request_streaming, &layout.tensors,
-                          &layout.request_id, &layout.tensor_data, &layout.tensor_plain)) {
-      delete next;
-      return nullptr;
-    }
-    next->by_path[path] = {static_cast<int>(i), request_streaming != 0, layout};
-  }
-  methods.store(next, std::memory_order_release);
-  return PyLong_FromLong(inbox.fd());
-}
-
-PyMethodDef module_methods[] = {
-    {"serve", serve, METH_VARARGS,
-     "Opens the doors: ([(path, request_streaming, layout)], max_message_bytes, max_inbox_bytes) -> descriptor to\n"
-     "watch. A layout has the four numbers of split.h's Layout; all 0 where requests are not to be split."},
-    {"take", take, METH_NOARGS,
-     "All events that wait: [(kind, Call, message or None, compressed, (key, spans, request id) or None)]."},
-    {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_forno_envoy", "The interpreter's side of Envoy.", -1, module_methods,
-                          nullptr, nullptr, nullptr, nullptr};
-
-}  // namespace
-
 PyObject* make_module() {
   PyObject* module = PyModule_Create(&module_def);
   call_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&call_spec));
-  request_bytes_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&request_bytes_spec));
-  if (!module || !call_type || !request_bytes_type) return nullptr;
+  if (!module || !call_type || !make_reply_type(module)) return nullptr;
   const std::pair<const char*, EventKind> kinds[] = {
       {"CALL", EventKind::kCall},     {"MESSAGE", EventKind::kMessage},   {"HALF_CLOSE", EventKind::kHalfClose},
-      {"CANCEL", EventKind::kCancel}, {"WRITABLE", EventKind::kWritable}, {"STOP", EventKind::kStop}};
+      {"CANCEL", EventKind::kCancel}, {"WRITABLE", EventKind::kWritable}, {"STOP", EventKind::kStop},
+      {"ITEMS_DONE", EventKind::kItemsDone}};
   for (const auto& [name, kind] : kinds) PyModule_AddIntConstant(module, name, static_cast<int>(kind));
+  PyModule_AddIntConstant(module, "HOT", kHot);
   PyModule_AddObject(module, "Call", Py_NewRef(reinterpret_cast<PyObject*>(call_type)));
   return module;
 }

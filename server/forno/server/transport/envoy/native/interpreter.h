@@ -1,4 +1,5 @@
-// What the two halves of the module share: Envoy's hooks (module.cc) and the Python module (interpreter.cc).
+// What the files of the module share that know Python. All but `inbox` and `methods` is for the event loop's thread, with
+// the interpreter's lock held.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -14,3 +15,39 @@ extern std::atomic<const Methods*> methods;  // null until the servicers have re
 
 // Makes `_forno_envoy`, for PyImport_AppendInittab.
 PyObject* make_module();
+
+// The stream's Call; made for its first event. New reference; null, with no error, if the loop has dropped it.
+PyObject* call_of(const StreamPtr& stream, bool make);
+
+PyObject* text(std::string_view s);
+
+// What a gRPC status is in trailing metadata; the message is percent-encoded.
+Metadata status_metadata(int code, std::string_view message);
+// Appends a sequence of (str, str) to metadata. False with an error set.
+bool append_metadata(PyObject* pairs, Metadata& out);
+// Ends a call with a status; nobody waits for its Replies any more.
+void send_status(Stream& stream, Metadata status);
+
+// replies.cc: requests that take the short way.
+
+bool make_reply_type(PyObject* module);
+// The request and the place for its answer, as one object. New reference.
+PyObject* make_reply(const StreamPtr& stream, Message message);
+// Tells the stream's Replies that nobody waits any more.
+void drop_replies(Stream& stream);
+// Called with a Reply and its error, or a size in bytes that is over the limit.
+void set_fail_hook(PyObject* hook);
+// From now on answers wait for the next `flush`, and leave together.
+void cork();
+
+// Takes the buffers of a sequence, and hands them over as pieces.
+class Buffers {
+ public:
+  ~Buffers();
+  bool take(PyObject* sequence);  // false with an error set
+  size_t size() const { return views_.size(); }
+  Piece operator[](size_t i) const { return {static_cast<const char*>(views_[i].buf), static_cast<size_t>(views_[i].len)}; }
+
+ private:
+  std::vector<Py_buffer> views_;
+};

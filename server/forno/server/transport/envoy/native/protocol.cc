@@ -8,18 +8,18 @@ uint32_t message_bytes(const char* prefix) {
   return __builtin_bswap32(value);
 }
 
-void set_prefix(std::string& framed, bool compressed) {
-  const uint32_t length = __builtin_bswap32(static_cast<uint32_t>(framed.size() - kPrefixBytes));
-  framed[0] = compressed ? 1 : 0;
-  std::memcpy(&framed[1], &length, 4);
+void write_prefix(char* prefix, size_t size, bool compressed) {
+  const uint32_t length = __builtin_bswap32(static_cast<uint32_t>(size));
+  prefix[0] = compressed ? 1 : 0;
+  std::memcpy(prefix + 1, &length, 4);
 }
 
 std::string frame_message(const char* data, size_t size, bool compressed) {
   std::string out;
   out.reserve(kPrefixBytes + size);
   out.resize(kPrefixBytes);
+  write_prefix(out.data(), size, compressed);
   out.append(data, size);
-  set_prefix(out, compressed);
   return out;
 }
 

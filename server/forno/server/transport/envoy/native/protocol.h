@@ -14,8 +14,8 @@ constexpr size_t kPrefixBytes = 5;
 // The length that a prefix tells.
 uint32_t message_bytes(const char* prefix);
 
-// Writes the prefix into the first bytes of a message that has left room for it.
-void set_prefix(std::string& framed, bool compressed);
+// Writes the prefix of a message of so many bytes.
+void write_prefix(char* prefix, size_t size, bool compressed);
 
 // A message with its prefix.
 std::string frame_message(const char* data, size_t size, bool compressed);

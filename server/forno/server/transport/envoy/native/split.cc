@@ -48,65 +48,92 @@ struct Reader {
   }
 };
 
-// Adds a tensor to the split; its elements are given by their place in the whole message.
-bool split_tensor(std::string_view tensor, size_t offset, const Layout& layout, Split& out) {
-  Reader reader{tensor};
-  bool has_data = false;
-  while (reader.more()) {
-    const size_t start = reader.at;
-    const uint64_t tag = reader.varint();
-    const uint64_t field = tag >> 3;
-    if (field == layout.tensor_data && (tag & 7) == kDelimited && !has_data) {
-      has_data = true;
-      const size_t size = reader.size();
-      out.key.append(tensor, start, reader.at - start);
-      out.spans.push_back(offset + reader.at);
-      out.spans.push_back(size);
-      reader.at += size;
-    } else if (field >= 1 && field <= layout.tensor_plain) {
-      reader.skip(tag & 7);
-      out.key.append(tensor, start, reader.at - start);
-    } else {
-      return false;
-    }
-    if (out.key.size() > kMaxKeyBytes) return false;
-  }
-  return reader.good && has_data;
-}
+// What is found on the way through a message.
+struct Finder {
+  const Layout& layout;
+  Split& out;
+  std::vector<uint64_t>* spans;
+  bool has_tensor = false;
+  bool id_comes_last = false;  // a tensor, then the id: no tensor may follow, as its distance would vary with the id
 
-bool split_message(std::string_view message, const Layout& layout, Split& out) {
-  Reader reader{message};
-  while (reader.more()) {
-    const size_t start = reader.at;
-    const uint64_t tag = reader.varint();
-    const uint64_t field = tag >> 3;
-    if (field == layout.tensors && (tag & 7) == kDelimited) {
-      const size_t size = reader.size();
-      out.key.append(message, start, reader.at - start);
-      if (!reader.good || !split_tensor(message.substr(reader.at, size), reader.at, layout, out)) return false;
-      reader.at += size;
-    } else if (field == layout.request_id) {
-      if ((tag & 7) != kDelimited || out.id_at) return false;
-      out.id_size = reader.size();
-      out.id_at = reader.at;
-      if (!reader.good || out.id_size > kMaxIdBytes) return false;
-      for (char c : message.substr(out.id_at, out.id_size)) {
-        if (static_cast<signed char>(c) < 0) return false;  // the parser says whether it is UTF-8
+  // Adds a tensor; its elements are given by their place in the whole message.
+  bool tensor(std::string_view in, size_t offset) {
+    if (id_comes_last) return false;
+    Reader reader{in};
+    bool has_data = false;
+    while (reader.more()) {
+      const size_t start = reader.at;
+      const uint64_t tag = reader.varint();
+      const uint64_t field = tag >> 3;
+      if (field == layout.tensor_data && (tag & 7) == kDelimited && !has_data) {
+        has_data = true;
+        const size_t size = reader.size();
+        out.key.append(in, start, reader.at - start);
+        if (!has_tensor) out.data_at = offset + reader.at;
+        has_tensor = true;
+        if (spans) spans->insert(spans->end(), {offset + reader.at, size});
+        reader.at += size;
+      } else if (field >= 1 && field <= layout.tensor_plain) {
+        reader.skip(tag & 7);
+        out.key.append(in, start, reader.at - start);
+      } else {
+        return false;
       }
-      reader.at += out.id_size;
-    } else {
-      reader.skip(tag & 7);
-      out.key.append(message, start, reader.at - start);
+      if (out.key.size() > kMaxKeyBytes) return false;
     }
-    if (out.key.size() > kMaxKeyBytes) return false;
+    return reader.good && has_data;
   }
-  return reader.good && !out.spans.empty();
-}
+
+  bool id(Reader& reader, uint64_t tag) {
+    if ((tag & 7) != kDelimited || out.id_at) return false;
+    out.id_size = reader.size();
+    out.id_at = reader.at;
+    if (!reader.good || out.id_size > kMaxIdBytes) return false;
+    for (char c : reader.in.substr(out.id_at, out.id_size)) {
+      if (static_cast<signed char>(c) < 0) return false;  // the parser says whether it is UTF-8
+    }
+    reader.at += out.id_size;
+    id_comes_last = has_tensor;
+    return true;
+  }
+
+  // The request that lies in `in` from `at` to its end.
+  bool request(std::string_view in, size_t at) {
+    Reader reader{in, at};
+    while (reader.more()) {
+      const size_t start = reader.at;
+      const uint64_t tag = reader.varint();
+      const uint64_t field = tag >> 3;
+      if (field == layout.tensors && (tag & 7) == kDelimited) {
+        const size_t size = reader.size();
+        out.key.append(in, start, reader.at - start);
+        if (!reader.good || !tensor(in.substr(reader.at, size), reader.at)) return false;
+        reader.at += size;
+      } else if (field == layout.request_id) {
+        if (!id(reader, tag)) return false;
+      } else {
+        reader.skip(tag & 7);
+        out.key.append(in, start, reader.at - start);
+      }
+      if (out.key.size() > kMaxKeyBytes) return false;
+    }
+    return reader.good && has_tensor;
+  }
+
+  // The item that is nothing but a request.
+  bool item(std::string_view in) {
+    Reader reader{in};
+    if (reader.varint() != (layout.item_request << 3 | kDelimited)) return false;
+    const size_t size = reader.size();
+    return reader.good && reader.at + size == in.size() && request(in, reader.at);
+  }
+};
 
 }  // namespace
 
-Split split_request(std::string_view message, const Layout& layout) {
+Split split_request(std::string_view message, const Layout& layout, std::vector<uint64_t>* spans) {
   Split out;
-  if (!split_message(message, layout, out)) out = Split{};
+  Finder finder{layout, out, spans};
+  if (!(layout.item_request ? finder.item(message) : finder.request(message, 0))) out = Split{};
   return out;
 }

@@ -12,19 +12,26 @@
 #include <string_view>
 #include <vector>
 
-// Field numbers of a request message whose tensors carry their own raw bytes.
+// Field numbers of a request message whose tensors carry their own raw bytes, and of its answer. Of an item of a stream,
+// the request is a field; the item of the answer stream has the request's id once more.
 struct Layout {
-  uint32_t tensors = 0;       // repeated message: the tensors
-  uint32_t request_id = 0;    // string: the request's id
-  uint32_t tensor_data = 0;   // bytes, in a tensor: its elements
-  uint32_t tensor_plain = 0;  // in a tensor, fields up to this number are small and part of the key
+  uint32_t tensors = 0;        // in a request, repeated message: the tensors
+  uint32_t request_id = 0;     // in a request, string: its id
+  uint32_t tensor_data = 0;    // in a tensor, bytes: its elements
+  uint32_t tensor_plain = 0;   // in a tensor, fields up to this number are small and part of the key
+  uint32_t answer_id = 0;      // in an answer, string: the request's id
+  uint32_t item_request = 0;   // in an item, message: the request; 0 where a message is the request itself
+  uint32_t item_id = 0;        // in an item of answers, string: the request's id
+  uint32_t item_answer = 0;    // in an item of answers, message: the answer
 };
 
 struct Split {
   std::string key;               // empty: not split
-  std::vector<uint64_t> spans;   // offset and size of each tensor's elements, in order
+  uint64_t data_at = 0;          // where the elements of the first tensor lie
   uint64_t id_at = 0, id_size = 0;  // where the request id lies
 };
 
-// All places are offsets into `message`. Never throws but for memory; never reads outside `message`.
-Split split_request(std::string_view message, const Layout& layout);
+// All places are offsets into `message`. Messages of an equal key have the elements of their tensors at equal distances
+// from `data_at`; `spans`, if given, receives the place of each, offset and size. Never throws but for memory; never
+// reads outside `message`.
+Split split_request(std::string_view message, const Layout& layout, std::vector<uint64_t>* spans = nullptr);

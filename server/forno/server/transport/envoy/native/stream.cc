@@ -1,15 +1,13 @@
+// The worker's side of a Stream: what Envoy's hooks tell it, and what leaves for the client.
 #include "stream.h"
 
-#include <sys/eventfd.h>
 #include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace {
-
-constexpr size_t kJoinedBytes = 16384;  // HTTP/2's usual frame
 
 int64_t now_us() {
   timespec t;
@@ -20,28 +18,6 @@ int64_t now_us() {
 Header header(std::string_view key, std::string_view value) { return {key.data(), key.size(), value.data(), value.size()}; }
 
 }  // namespace
-
-Inbox::Inbox() : fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {}
-
-void Inbox::push(Event event) {
-  bool first;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    first = events_.empty();
-    events_.push_back(std::move(event));
-  }
-  const uint64_t one = 1;
-  if (first && write(fd_, &one, sizeof one) < 0) return;  // full counter: the loop is awake anyway
-}
-
-std::vector<Event> Inbox::take() {
-  uint64_t count;
-  if (read(fd_, &count, sizeof count) < 0) count = 0;
-  std::vector<Event> events;
-  std::lock_guard<std::mutex> lock(mutex_);
-  events.swap(events_);
-  return events;
-}
 
 Stream::~Stream() {
   if (scheduler_) envoy_dynamic_module_callback_http_filter_scheduler_delete(scheduler_);
@@ -105,6 +81,8 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     scheduler_ = envoy_dynamic_module_callback_http_filter_scheduler_new(filter);
   }
   if (method_->request_streaming) {
+    // What is left in Envoy's buffer; otherwise a stream might fill as much as the largest message.
+    envoy_dynamic_module_callback_http_set_buffer_limit(filter, methods_->max_inbox_bytes);
     announced_ = true;
     inbox_.push({EventKind::kCall, shared_from_this(), {}});
   }
@@ -162,34 +140,51 @@ void Stream::append_body(const Buffer& chunk) {
 
 // Hands whole messages of a streaming call to the loop, and checks limits. False when the call has been refused.
 bool Stream::split_messages(void* filter) {
-  size_t at = 0;
+  std::vector<Event> events;
+  size_t at = 0, taken_bytes = 0;
+  int code = 0;
+  std::string reason;
   while (body_.size() - at >= kPrefixBytes) {
     const size_t length = message_bytes(body_.data() + at);
     if (length > methods_->max_message_bytes) {
-      refuse(filter, kResourceExhausted,
-             "the message has " + std::to_string(length) + " bytes, the limit is " +
-                 std::to_string(methods_->max_message_bytes) + " (server.max_message_bytes)");
-      return false;
+      code = kResourceExhausted;
+      reason = "the message has " + std::to_string(length) + " bytes, the limit is " +
+               std::to_string(methods_->max_message_bytes) + " (server.max_message_bytes)";
+      break;
     }
     if (const int flag = static_cast<unsigned char>(body_[at]); flag > 1) {
-      refuse(filter, kInternal, "a message has the flag " + std::to_string(flag) + "; expected 0 or 1");
-      return false;
+      code = kInternal;
+      reason = "a message has the flag " + std::to_string(flag) + "; expected 0 or 1";
+      break;
     }
     if (!method_->request_streaming) {  // handed over when it is whole
       if (body_.size() - kPrefixBytes <= length) return true;
-      refuse(filter, kInternal, "the request body goes on after its one gRPC message");
-      return false;
+      code = kInternal;
+      reason = "the request body goes on after its one gRPC message";
+      break;
     }
     if (body_.size() - at - kPrefixBytes < length) break;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      inbox_bytes_ += length + kMessageOverheadBytes;
-    }
-    inbox_.push({EventKind::kMessage, shared_from_this(), {body_.substr(at + kPrefixBytes, length), body_[at] == 1, {}}});
+    events.push_back({EventKind::kMessage, shared_from_this(), message_of(body_.substr(at + kPrefixBytes, length), 0, body_[at] == 1)});
+    taken_bytes += length + kMessageOverheadBytes;
     at += kPrefixBytes + length;
+  }
+  if (taken_bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    inbox_bytes_ += taken_bytes;
+  }
+  inbox_.push(std::move(events));
+  if (code) {
+    refuse(filter, code, reason);
+    return false;
   }
   body_.erase(0, at);
   return true;
+}
+
+Message Stream::message_of(std::string bytes, size_t begin, bool compressed) const {
+  Message message{std::move(bytes), begin, compressed, {}};
+  if (method_->layout.tensors && !compressed) message.split = split_request(message.view(), method_->layout);
+  return message;
 }
 
 void Stream::finish_request(void* filter) {
@@ -203,12 +198,8 @@ void Stream::finish_request(void* filter) {
     return refuse(filter, kInternal, "the request body is not one whole gRPC message");
   }
   announced_ = true;
-  Message message{std::move(body_), false, {}};
-  message.compressed = message.bytes[0] == 1;
-  if (method_->layout.tensors && !message.compressed) {
-    message.split = split_request(std::string_view(message.bytes).substr(kPrefixBytes), method_->layout);
-  }
-  inbox_.push({EventKind::kCall, shared_from_this(), std::move(message)});
+  const bool compressed = body_[0] == 1;
+  inbox_.push({EventKind::kCall, shared_from_this(), message_of(std::move(body_), kPrefixBytes, compressed)});
   body_.clear();
 }
 
@@ -273,17 +264,17 @@ void Stream::flush(void* filter) {
   if (above_watermark_ || refused_) return;
   std::vector<Part> parts;
   std::string reply;
-  bool writable;
+  bool writable, release;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     parts.swap(parts_);
     reply.swap(reply_);
     parts_bytes_ = 0;
-    writable = want_writable_;
-    want_writable_ = false;
+    writable = std::exchange(want_writable_, false);
+    release = std::exchange(want_release_, false);
   }
+  static Header kHeaders[] = {header(":status", "200"), header("content-type", "application/grpc")};
   if (!reply.empty()) {
-    static Header kHeaders[] = {header(":status", "200"), header("content-type", "application/grpc")};
     static Header kTrailers[] = {header("grpc-status", "0")};
     envoy_dynamic_module_callback_http_send_response_headers(filter, kHeaders, 2, false);
     if (!gone_) envoy_dynamic_module_callback_http_send_response_data(filter, {reply.data(), reply.size()}, false);
@@ -295,13 +286,16 @@ void Stream::flush(void* filter) {
     if (gone_) return;  // what was sent before has ended the stream
     Part& part = parts[i];
     if (part.kind == Part::kMessage) {
-      std::string& data = part.framed;  // small messages leave together: a frame for each would cost more than they do
-      while (data.size() < kJoinedBytes && i + 1 < parts.size() && parts[i + 1].kind == Part::kMessage) {
-        data += parts[++i].framed;
+      if (!headers_sent_) {  // an item was answered before the handler had anything to say
+        headers_sent_ = true;
+        envoy_dynamic_module_callback_http_send_response_headers(filter, kHeaders, 2, false);
+        if (gone_) return;
       }
+      const std::string& data = part.framed;
       envoy_dynamic_module_callback_http_send_response_data(filter, {data.data(), data.size()}, false);
       continue;
     }
+    if (part.kind == Part::kHeaders && headers_sent_) continue;
     headers.clear();
     const bool trailers = part.kind == Part::kStatus && headers_sent_;
     if (!trailers) {
@@ -318,6 +312,7 @@ void Stream::flush(void* filter) {
     }
   }
   if (writable) inbox_.push({EventKind::kWritable, shared_from_this(), {}});
+  if (release) inbox_.push({EventKind::kRelease, shared_from_this(), {}});
 }
 
 void Stream::on_gone() {
@@ -333,51 +328,4 @@ void Stream::on_gone() {
     scheduler_ = nullptr;
   }
   if (cancelled) inbox_.push({EventKind::kCancel, shared_from_this(), {}});
-}
-
-void Stream::schedule_locked() {
-  if (scheduled_ || gone_ || !scheduler_) return;
-  scheduled_ = true;
-  envoy_dynamic_module_callback_http_filter_scheduler_commit(scheduler_, 0);
-}
-
-void Stream::send(std::vector<Part> parts) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (gone_ || answered_) return;
-  for (Part& part : parts) {
-    if (part.kind == Part::kMessage) parts_bytes_ += part.framed.size() + kMessageOverheadBytes;
-    answered_ = answered_ || part.kind == Part::kStatus;
-    parts_.push_back(std::move(part));
-  }
-  schedule_locked();
-}
-
-void Stream::reply(std::string framed) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (gone_ || answered_) return;
-  answered_ = true;
-  reply_ = std::move(framed);
-  schedule_locked();
-}
-
-void Stream::consumed(size_t bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  inbox_bytes_ -= std::min(inbox_bytes_, bytes + kMessageOverheadBytes);
-  if (want_resume_ && inbox_bytes_ <= methods_->max_inbox_bytes) schedule_locked();
-}
-
-bool Stream::gone() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return gone_;
-}
-
-size_t Stream::pending_bytes() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return parts_bytes_;
-}
-
-bool Stream::notify_writable() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  want_writable_ = parts_bytes_ > 0 && !gone_;
-  return want_writable_;
 }

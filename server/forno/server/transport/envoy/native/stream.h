@@ -19,16 +19,22 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;  // to be sen
 
 // One gRPC message; `compressed` is the flag of its five-byte prefix (gRPC over HTTP/2, "Length-Prefixed-Message").
 struct Message {
-  std::string bytes;  // of a unary request with its prefix, which is not worth a copy to cut it off
+  std::string bytes;
+  size_t begin = 0;  // where it begins in `bytes`: a prefix is not worth a copy to cut it off
   bool compressed = false;
-  Split split{};  // of a hot method's request, without regard to the prefix; its key is empty where it was not split
+  Split split{};  // of a hot method's request; its key is empty where it was not split
+
+  std::string_view view() const { return std::string_view(bytes).substr(begin); }
 };
 
-// A piece of an answer on its way to the worker.
+// Something to be copied into an answer.
+using Piece = std::string_view;
+
+// A part of an answer on its way to the worker.
 struct Part {
   enum Kind { kHeaders, kMessage, kStatus } kind;
   Metadata metadata;   // kHeaders: initial metadata; kStatus: trailing metadata, grpc-status first
-  std::string framed;  // kMessage: prefix and bytes
+  std::string framed;  // kMessage: prefix and bytes; more than one message where they are small
 };
 
 // What a waiting message costs besides its bytes. Counted, or millions of empty ones would weigh nothing.
@@ -37,7 +43,8 @@ constexpr size_t kMessageOverheadBytes = 256;
 class Stream;
 using StreamPtr = std::shared_ptr<Stream>;
 
-enum class EventKind { kCall, kMessage, kHalfClose, kCancel, kWritable, kStop };
+// kRelease: a streaming call has room for items that wait. kItemsDone: the last of its items has been answered.
+enum class EventKind { kCall, kMessage, kHalfClose, kCancel, kWritable, kStop, kRelease, kItemsDone };
 
 struct Event {
   EventKind kind;
@@ -51,9 +58,12 @@ class Inbox {
   Inbox();
   int fd() const { return fd_; }
   void push(Event event);
+  void push(std::vector<Event> events);
   std::vector<Event> take();
 
  private:
+  void wake();
+
   std::mutex mutex_;
   std::vector<Event> events_;  // guarded by mutex_
   int fd_;                     // an eventfd, written only when events_ was empty: one wake for all that wait
@@ -64,11 +74,13 @@ struct Methods {
   struct Method {
     int number;
     bool request_streaming;
-    Layout layout;  // of a hot method's requests; without tensors for others
+    Layout layout{};  // of a hot method's requests; without tensors for others
   };
   std::unordered_map<std::string, Method> by_path;
+  std::vector<Layout> layouts;  // by number
   size_t max_message_bytes = 0;
   size_t max_inbox_bytes = 0;  // of one streaming call; above it Envoy stops reading from the client
+  size_t max_items = 0;        // of one streaming call that are on their way through a model, by the short way
 };
 
 // Threads: the worker calls the on_* functions, the loop the others. Lifetime: shared by the worker's filter (until
@@ -88,11 +100,27 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   // Loop side.
   void send(std::vector<Part> parts);
-  void reply(std::string framed);  // the whole answer of a successful unary call: one message with its prefix
+  // One message that is made of these pieces: the whole answer of a successful unary call, or one more of a streaming
+  // call. It leaves with the next `commit`.
+  void reply(const Piece* pieces, size_t count);
+  void commit();
   void consumed(size_t bytes);                // the application has taken so much of the request
   bool gone();
   size_t pending_bytes();
   bool notify_writable();  // false: nothing pends, no event will come
+
+  // Loop side: items of a streaming call on the short way. They wait here (`hold`) until few enough are on their way and
+  // the client keeps up with reading; each that is let go by `next_item` is ended by one `item_done`. A half-close waits
+  // behind them.
+  void hold(Message item) { waiting_.push_back(std::move(item)); }
+  bool next_item(Message& item);
+  void item_done(size_t used_bytes);  // the item's bytes; 0 where somebody else says `consumed`
+  void drop_items();                  // those that wait: nobody will read their answers
+  bool notify_items_done();           // false: there is none, no event will come
+  bool has_waiting() const { return !waiting_.empty(); }
+  void released() { release_due_ = false; }
+  bool half_closed = false;  // the event has come, and has not been passed on
+  bool replied = false;      // `reply` was called
 
   // Set before the first event; constant afterwards.
   int method = -1;
@@ -102,7 +130,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
   std::string metadata;    // what the caller sent: key, NUL, value, NUL, and so on
   std::string credential;  // of that, what says who calls
 
-  void* call = nullptr;  // the loop's Call, borrowed; touched only with the interpreter's lock held
+  // Borrowed; touched only with the interpreter's lock held.
+  void* call = nullptr;     // the loop's Call
+  void* replies = nullptr;  // Replies that have not been answered, a list
 
  private:
   void take_body(void* filter, int type);
@@ -113,8 +143,16 @@ class Stream : public std::enable_shared_from_this<Stream> {
   void resume(void* filter);
   void flush(void* filter);
   void schedule_locked();
+  std::string& room_locked(size_t size);
+  Message message_of(std::string bytes, size_t begin, bool compressed) const;
 
   Inbox& inbox_;
+
+  // Loop only.
+  std::deque<Message> waiting_;
+  size_t items_ = 0;  // let go and not done
+  bool release_due_ = false;
+  bool want_items_done_ = false;
 
   // Worker only.
   const Methods* methods_ = nullptr;
@@ -137,6 +175,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool scheduled_ = false;
   bool want_resume_ = false;
   bool want_writable_ = false;
+  bool want_release_ = false;
   bool answered_ = false;  // a status has been handed over
   bool gone_ = false;      // written by the worker alone, which may read it without the lock
 };
