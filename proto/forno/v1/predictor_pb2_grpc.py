@@ -85,8 +85,10 @@ class PredictorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PredictStream(self, request_iterator, context):
-        """Runs many requests over one stream. Answers come as they are ready, each with its request's id; an error concerns
-        its own request only and leaves the stream open.
+        """Runs many requests over one stream, the cheapest way for many small ones. Answers come as they are ready, in any
+        order, each with its request's id; an error concerns its own request only and leaves the stream open. But while the
+        model of the first request is not ready, and nothing has been answered, the stream ends with UNAVAILABLE, so that a
+        client's usual retries work. The stream is read no faster than its answers are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,8 +43,10 @@ class PredictorStub:
     Predict: _grpc.UnaryUnaryMultiCallable[_predictor_pb2.PredictRequest, _predictor_pb2.PredictResponse]
     """Runs a model on one request."""
     PredictStream: _grpc.StreamStreamMultiCallable[_predictor_pb2.PredictStreamRequest, _predictor_pb2.PredictStreamResponse]
-    """Runs many requests over one stream. Answers come as they are ready, each with its request's id; an error concerns
-    its own request only and leaves the stream open.
+    """Runs many requests over one stream, the cheapest way for many small ones. Answers come as they are ready, in any
+    order, each with its request's id; an error concerns its own request only and leaves the stream open. But while the
+    model of the first request is not ready, and nothing has been answered, the stream ends with UNAVAILABLE, so that a
+    client's usual retries work. The stream is read no faster than its answers are.
     """
     Invoke: _grpc.UnaryUnaryMultiCallable[_predictor_pb2.InvokeRequest, _predictor_pb2.InvokeResponse]
     """Calls a named endpoint, such as "spam/detect", with JSON-friendly values or a document such as an image."""
@@ -67,8 +69,10 @@ class PredictorAsyncStub(PredictorStub):
     Predict: _aio.UnaryUnaryMultiCallable[_predictor_pb2.PredictRequest, _predictor_pb2.PredictResponse]  # type: ignore[assignment]
     """Runs a model on one request."""
     PredictStream: _aio.StreamStreamMultiCallable[_predictor_pb2.PredictStreamRequest, _predictor_pb2.PredictStreamResponse]  # type: ignore[assignment]
-    """Runs many requests over one stream. Answers come as they are ready, each with its request's id; an error concerns
-    its own request only and leaves the stream open.
+    """Runs many requests over one stream, the cheapest way for many small ones. Answers come as they are ready, in any
+    order, each with its request's id; an error concerns its own request only and leaves the stream open. But while the
+    model of the first request is not ready, and nothing has been answered, the stream ends with UNAVAILABLE, so that a
+    client's usual retries work. The stream is read no faster than its answers are.
     """
     Invoke: _aio.UnaryUnaryMultiCallable[_predictor_pb2.InvokeRequest, _predictor_pb2.InvokeResponse]  # type: ignore[assignment]
     """Calls a named endpoint, such as "spam/detect", with JSON-friendly values or a document such as an image."""
@@ -100,8 +104,10 @@ class PredictorServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_predictor_pb2.PredictStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_predictor_pb2.PredictStreamResponse], _abc.AsyncIterator[_predictor_pb2.PredictStreamResponse]]:
-        """Runs many requests over one stream. Answers come as they are ready, each with its request's id; an error concerns
-        its own request only and leaves the stream open.
+        """Runs many requests over one stream, the cheapest way for many small ones. Answers come as they are ready, in any
+        order, each with its request's id; an error concerns its own request only and leaves the stream open. But while the
+        model of the first request is not ready, and nothing has been answered, the stream ends with UNAVAILABLE, so that a
+        client's usual retries work. The stream is read no faster than its answers are.
         """
 
     @_abc_1.abstractmethod
