@@ -84,7 +84,7 @@ WRONG = {
     "no audience": token(aud=None),
     "no expiry": token(exp=None),
     "expired": token(exp=time.time() - 61),
-    "not yet": token(nbf=time.time() + 100),
+    "not yet": token(nbf=time.time() + 3600),
     "alg none": unsigned({"alg": "none", "kid": "r"}),
     "alg of another key": token(EC, "ES256", "r"),
     "alg not among ours": token(RSA, "RS384"),
