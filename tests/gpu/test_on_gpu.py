@@ -13,7 +13,7 @@ from tests.device_cases import *  # noqa: F403
 from tests.kernel_bench import KernelBench
 from tests.unit.test_kernels import TestCast, TestImages, TestMeanPool, TestRows, TestTopK  # noqa: F401
 
-from forno.kernels.devices import DeviceUnavailable, open_device
+from forno.kernels.devices import DeviceUnavailable, attached, open_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,15 +41,17 @@ def opened(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def device(opened: str) -> Iterator[Any]:
     made = open_device(opened)
-    yield made
+    with attached(made):
+        yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
 def bench(opened: str) -> Iterator[KernelBench]:
     device: Device = open_device(opened)
-    made = KernelBench(device)
-    yield made
-    made.close()
-    assert not any(device.statistics().values())
+    with attached(device):
+        made = KernelBench(device)
+        yield made
+        made.close()
+        assert not any(device.statistics().values())
     device.close()

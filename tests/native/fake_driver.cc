@@ -37,6 +37,7 @@ struct State {
 } state;
 
 thread_local void* current = nullptr;
+thread_local std::vector<void*> below;  // of contexts that were pushed
 char context, modules_image;
 
 void* handle(std::set<void*>& of) {
@@ -88,8 +89,14 @@ CALL cuCtxSetCurrent(void* given) {
   return current = given, kSuccess;
 }
 CALL cuCtxGetCurrent(void** out) { return *out = current, kSuccess; }
-CALL cuCtxPushCurrent_v2(void* given) { return current = given, kSuccess; }
-CALL cuCtxPopCurrent_v2(void** out) { return *out = current, current = nullptr, kSuccess; }
+CALL cuCtxPushCurrent_v2(void* given) {
+  if (given != &context) return kInvalidContext;
+  return below.push_back(current), current = given, kSuccess;
+}
+CALL cuCtxPopCurrent_v2(void** out) {
+  if (below.empty()) return kInvalidContext;
+  return *out = current, current = below.back(), below.pop_back(), kSuccess;
+}
 CALL cuCtxGetDevice(int* device) { return *device = 0, current ? kSuccess : kInvalidContext; }
 CALL cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   NEEDS_CONTEXT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -108,6 +109,20 @@ class OnnxSettings(Settings):
     """Whether idle threads of the engine spin: lower latency, a core lost."""
 
 
+class CudaSettings(Settings):
+    """A GPU: what holds for a model whose `device` is one."""
+
+    tf32: bool = True
+    """Whether float32 products may be rounded to 10 bits of mantissa, which is several times faster."""
+    memory_limit_bytes: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Most memory that the engine may take for what it computes with, in bytes; 0 = as much as there is."""
+    slot_limit_bytes: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Most memory for inputs and outputs of batches, in bytes, on the GPU and again in host memory that it copies from;
+    0 = as much as there is."""
+    busy_wait: bool = False
+    """Whether threads that wait for the GPU spin: some microseconds sooner, a core lost."""
+
+
 class NullSettings(Settings):
     """The null engine: answers its inputs, after a delay. To test and to measure all but the model."""
 
@@ -140,6 +155,11 @@ class ModelSettings(Settings):
     """Answers that are given again to equal requests; off unless `max_bytes` is set."""
     deterministic: bool = True
     """Whether equal inputs give equal outputs; false for a model that samples, which is never cached."""
+    device: str = "cpu"
+    """Where it runs: `cpu`; `cuda` or `cuda:1`, an NVIDIA GPU by its number; `pycuda`, the same through PyCUDA. With
+    `instances` above 1, batches are copied while others are computed."""
+    cuda: CudaSettings = CudaSettings()
+    """Settings of the GPU."""
     onnx: OnnxSettings = OnnxSettings()
     """Settings of the ONNX Runtime engine."""
     null: NullSettings = NullSettings()
@@ -153,6 +173,13 @@ class ModelSettings(Settings):
     cpu_weight: Annotated[float, Field(strict=True, ge=LEAST_WEIGHT, le=1)] = 1.0
     """Its share of the processor while models compete for it, against models of weight 1: 0.25 = a quarter of the time
     that each of those gets; what nobody else wants it may use whole. Below 1, it never runs on the event loop."""
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not re.fullmatch(r"cpu|(cuda|pycuda)(:\d{1,3})?", device):
+            raise ValueError("cpu, cuda or pycuda, the last two with a number where there are several, such as cuda:1")
+        return device
 
     @model_validator(mode="after")
     def _cached_only_if_deterministic(self) -> ModelSettings:

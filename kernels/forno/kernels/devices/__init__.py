@@ -8,10 +8,11 @@ for: importing this package needs no GPU, no driver and none of their libraries.
 from __future__ import annotations
 
 import importlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 NAMES = ("cpu", "cuda", "pycuda")
 """Adapters: this CPU, NVIDIA's cuda-bindings, and PyCUDA."""
@@ -30,7 +31,7 @@ class OutOfDeviceMemory(DeviceError):
 
 
 class Device(Protocol):
-    """One device as seen by one process. Made by `open_device`; any thread after `attach`; ends with `close`.
+    """One device as seen by one process. Made by `open_device`; any thread within `attached`; ends with `close`.
 
     All work is asynchronous and goes to a stream: operations of one stream run in order, those of different streams in
     any, but for what `wait` orders. Errors of work under way show in a later call. Every handle is an integer of this
@@ -43,10 +44,10 @@ class Device(Protocol):
     has_graphs: bool  # whether `begin_capture` and what follows work
 
     def attach(self) -> None:
-        """Makes the device usable from the calling thread; once a thread. Threads that end call `detach`."""
+        """Makes the device usable from the calling thread, until `detach`; see `attached`."""
 
     def detach(self) -> None:
-        """Undoes `attach`."""
+        """Undoes `attach`. A thread must not end before."""
 
     def memory_bytes(self) -> tuple[int, int]:
         """Free and total memory of the device."""
@@ -149,8 +150,18 @@ class Device(Protocol):
         """How many handles are out, by kind: `allocations`, `pinned`, `streams`, `events`, `modules`, `graphs`."""
 
 
+@contextmanager
+def attached(device: Device) -> Iterator[None]:
+    """The device is usable from the calling thread within."""
+    device.attach()
+    try:
+        yield
+    finally:
+        device.detach()
+
+
 def open_device(name: str, ordinal: int = 0) -> Device:
-    """Opens a device. Attached to the calling thread.
+    """Opens a device, which is attached to no thread.
 
     Raises:
         DeviceUnavailable: There is none of that name and number here.

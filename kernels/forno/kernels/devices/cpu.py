@@ -82,6 +82,7 @@ class CpuDevice:
     Args:
         ordinal: Its number; there is only 0.
         capacity_bytes: Its memory.
+        runtime_memory: Whether what others in this process allocate is its memory too, as a runtime's outputs are.
         choose: Which of the streams (by number, ascending) that can go on does so next; the first by default.
     """
 
@@ -90,10 +91,16 @@ class CpuDevice:
     has_graphs = True
 
     def __init__(
-        self, ordinal: int = 0, capacity_bytes: int = 1 << 34, choose: Callable[[Sequence[int]], int] | None = None
+        self,
+        ordinal: int = 0,
+        capacity_bytes: int = 1 << 34,
+        *,
+        runtime_memory: bool = False,
+        choose: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
         self.ordinal = ordinal
         self._capacity_bytes = self._free_bytes = capacity_bytes
+        self._runtime_memory = runtime_memory
         self._choose = choose or (lambda streams: streams[0])
         self._handles = itertools.count(1)
         self._device = _Memory("device", [], {})
@@ -203,7 +210,8 @@ class CpuDevice:
         """Copies from device to pinned memory."""
         with self._lock:
             self._pinned.check("copy_out", pinned_pointer, size_bytes)
-            self._device.check("copy_out", device_pointer, size_bytes)
+            if not self._runtime_memory:
+                self._device.check("copy_out", device_pointer, size_bytes)
             self._put(stream, partial(ctypes.memmove, pinned_pointer, device_pointer, size_bytes))
 
     def fill(self, device_pointer: int, byte: int, size_bytes: int, stream: int) -> None:

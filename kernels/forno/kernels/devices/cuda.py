@@ -35,7 +35,7 @@ _THREAD_LOCAL = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 class CudaDevice:
-    """See `Device`. Any thread that is attached.
+    """See `Device`.
 
     Args:
         ordinal: Which GPU, as the driver counts them (CUDA_VISIBLE_DEVICES applies).
@@ -55,15 +55,14 @@ class CudaDevice:
         major = _call("cuDeviceGetAttribute", _MAJOR, self._device)
         minor = _call("cuDeviceGetAttribute", _MINOR, self._device)
         self.architecture = f"sm_{major}{minor}"
-        self.attach()
 
     def attach(self) -> None:
         """Makes the device usable from the calling thread."""
-        _call("cuCtxSetCurrent", self._context)
+        _call("cuCtxPushCurrent", self._context)
 
     def detach(self) -> None:
         """Undoes `attach`."""
-        _call("cuCtxSetCurrent", None)
+        _call("cuCtxPopCurrent")
 
     def memory_bytes(self) -> tuple[int, int]:
         """Free and total memory of the device."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PycudaDevice:
-    """See `Device`. Any thread that is attached; an object is given back by a thread that is.
+    """See `Device`. PyCUDA aborts the process where a thread ends while it is attached.
 
     Args:
         ordinal: Which GPU, as the driver counts them (CUDA_VISIBLE_DEVICES applies).
@@ -60,7 +60,6 @@ class PycudaDevice:
         self._modules: dict[int, Any] = {}
         self._functions: dict[int, tuple[int, Any]] = {}  # with the module
         self._numbers = itertools.count(1)  # of events, modules and functions: PyCUDA shows no handle
-        self.attach()
 
     def attach(self) -> None:
         """Makes the device usable from the calling thread."""
@@ -191,7 +190,6 @@ class PycudaDevice:
     def close(self) -> None:
         """Lets go of the device."""
         if self._context is not None:
-            self.detach()
             _call("detach", self._context.detach)
             self._context = None
 

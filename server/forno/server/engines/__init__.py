@@ -77,11 +77,17 @@ def open_engine(path: Path | None, settings: ModelSettings) -> Engine[Any]:
     """
     name = engine_name(path, settings)
     if name == "null":
+        if settings.device != "cpu":
+            raise ConfigError(f"the null engine runs on the cpu alone, and device is '{settings.device}'")
         from forno.server.engines.null import NullEngine  # noqa: PLC0415
 
         return NullEngine(settings.null)
     if path is None:
         raise ConfigError(f"the {name} engine needs the path of a model file")
+    if settings.device != "cpu":
+        from forno.server.engines.onnx_cuda import open_on_device  # noqa: PLC0415
+
+        return open_on_device(path, settings.cuda, settings.device)
     from forno.server.engines.onnx import OnnxEngine  # noqa: PLC0415
 
     return OnnxEngine(path, settings.onnx, settings.instances)

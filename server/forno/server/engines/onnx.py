@@ -93,7 +93,7 @@ class OnnxEngine:
         self._threads = settings.intra_op_threads or (1 if _is_small(path) else self._most_threads)
         self._session = self._open()
         self._binds: bool | None = None  # unknown until one run went both ways
-        self.signature = _signature(self._session, path)
+        self.signature = signature_of(self._session, path)
         self._input_names = [spec.name for spec in self.signature.inputs]
         self._output_names = [spec.name for spec in self.signature.outputs]
         specs = (*self.signature.inputs, *self.signature.outputs)
@@ -116,7 +116,7 @@ class OnnxEngine:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
             outputs = slot.own_rows(self._run_by_name(slot.inputs))  # raises too, unless it was the binding that failed
-            log.warning("%s: its runs are bound no longer: %s", self._path, _reason(error))
+            log.warning("%s: its runs are bound no longer: %s", self._path, reason(error))
             self._binds = False
             return outputs
         return binding.outputs
@@ -144,7 +144,7 @@ class OnnxEngine:
         try:
             return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ConfigError(f"{self._path} is not a readable ONNX model: {_reason(error)}") from error
+            raise ConfigError(f"{self._path} is not a readable ONNX model: {reason(error)}") from error
 
     def _run_by_name(self, inputs: Sequence[Array]) -> Sequence[Array]:
         if self._has_bfloat16:
@@ -167,7 +167,7 @@ class OnnxEngine:
             self._session.run_with_iobinding(binding.io)
             self._binds = all(map(_equal, plain, binding.outputs))
         except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
-            log.debug("%s: its runs cannot be bound: %s", self._path, _reason(error))
+            log.debug("%s: its runs cannot be bound: %s", self._path, reason(error))
             self._binds = False
         if not self._binds:
             slot.bindings.clear()
@@ -179,9 +179,9 @@ class OnnxEngine:
         run_rows = slot.inputs[0].shape[0] if batched else rows
         outputs = [place[:run_rows] if batched else place for place in slot.outputs]
         for name, array in zip(self._input_names, slot.inputs, strict=True):
-            io.bind_input(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
+            io.bind_input(name, "cpu", 0, element_type(array), array.shape, array.ctypes.data)
         for name, array in zip(self._output_names, outputs, strict=True):
-            io.bind_output(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
+            io.bind_output(name, "cpu", 0, element_type(array), array.shape, array.ctypes.data)
         if len(slot.bindings) >= _MOST_BINDINGS:
             slot.bindings.clear()
         binding = slot.bindings[rows] = _Binding(io, tuple(slot.own_rows(outputs)))
@@ -202,7 +202,7 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The runtime's message in one line, without its code and its repetition of the path."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
@@ -210,7 +210,12 @@ def _reason(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _signature(session: Any, path: Path) -> Signature:
+def signature_of(session: Any, path: Path) -> Signature:
+    """What a session takes and gives.
+
+    Raises:
+        ConfigError: One of them is not a tensor of a known element type.
+    """
     inputs = tuple([_spec(node, "input", path) for node in session.get_inputs()])
     outputs = tuple([_spec(node, "output", path) for node in session.get_outputs()])
     rows_names = {spec.dim_names[0] for spec in inputs if spec.shape} - {""}
@@ -235,7 +240,8 @@ def _spec(node: Any, kind: str, path: Path) -> TensorSpec:
     )
 
 
-def _element_type(array: Array) -> Any:
+def element_type(array: Array) -> Any:
+    """How the runtime's bindings call the array's type."""
     return _BFLOAT16 if array.dtype.name == "bfloat16" else array.dtype.type
 
 

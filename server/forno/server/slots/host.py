@@ -46,11 +46,15 @@ class HostSlot:
         self._run_rows = max_rows  # of `inputs`
         if self._padding is not None:
             max_rows = self._padding.rows_for(max_rows)
-        self.places = [_place(spec, signature.batched, max_rows) for spec in signature.inputs]
+        self.places = self.new_places(signature, max_rows)
         self._all_fixed = all(place is not None for place in self.places)
         self._batched = signature.batched
         self._row_bytes = sum(place.nbytes for place in self.places if place is not None) // max_rows
         self._slabs = [np.empty(0, np.uint8)] * len(self.places)
+
+    def new_places(self, signature: Signature, max_rows: int) -> list[Array | None]:
+        """Room for `max_rows` rows of each input that has a fixed place."""
+        return [_place(spec, signature.batched, max_rows) for spec in signature.inputs]
 
     def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
         """Brings the inputs of each request to their places."""
@@ -61,10 +65,10 @@ class HostSlot:
             self.inputs = [self._joined(index, parts, rows) for index, parts in enumerate(zip(*requests, strict=True))]
         elif self._all_fixed and self._row_bytes * rows < BORROW_FROM_BYTES:
             self.fixed = True
-            self.inputs = [self._copied(index, array) for index, array in enumerate(requests[0])]
+            self.inputs = [self.copied(index, array) for index, array in enumerate(requests[0])]
         else:
             self.fixed = False
-            self.inputs = [self._readable(index, array) for index, array in enumerate(requests[0])]
+            self.inputs = [self.readable(index, array) for index, array in enumerate(requests[0])]
 
     def release(self) -> None:
         """Lets go of everything that belongs to the requests."""
@@ -91,7 +95,7 @@ class HostSlot:
             elif len(parts) > 1:
                 array = self._joined(index, parts, rows)
             else:
-                array = self._copied(index, parts[0]) if self.fixed else self._readable(index, parts[0])
+                array = self.copied(index, parts[0]) if self.fixed else self.readable(index, parts[0])
             self.inputs.append(array)
             self.elements += array.size
             self.padded_elements += array.size - sum([part.size for part in parts])
@@ -99,7 +103,7 @@ class HostSlot:
     def _filled(self, index: int, parts: tuple[Array, ...], shape: tuple[int, ...], value: Any) -> Array:
         """The parts one after another, each row filled up with `value`, then the last row again."""
         dtype = parts[0].dtype
-        array = np.empty(shape, object) if dtype == OBJECT else self._room(index, shape, dtype)
+        array = np.empty(shape, object) if dtype == OBJECT else self.room(index, shape, dtype)
         if value is not None:
             array[: self._rows] = value
         start = 0
@@ -120,24 +124,26 @@ class HostSlot:
         """The parts one after another: [rows, *row shape]."""
         if parts[0].dtype == OBJECT:
             return np.concatenate(parts)
-        room = self._room(index, (rows, *parts[0].shape[1:]), parts[0].dtype)
+        room = self.room(index, (rows, *parts[0].shape[1:]), parts[0].dtype)
         return np.concatenate(parts, out=room)
 
-    def _readable(self, index: int, array: Array) -> Array:
+    def readable(self, index: int, array: Array) -> Array:
         """The array itself if a runtime may read it, else a copy: message bytes can lie at any address."""
         flags = array.flags
         if flags.c_contiguous and flags.aligned:
             return array
-        return self._copied(index, array)
+        return self.copied(index, array)
 
-    def _copied(self, index: int, array: Array) -> Array:
+    def copied(self, index: int, array: Array) -> Array:
+        """A copy in the slot's own room."""
         if array.dtype == OBJECT:
             return np.array(array, order="C")
-        room = self._room(index, array.shape, array.dtype)
+        room = self.room(index, array.shape, array.dtype)
         np.copyto(room, array)
         return room
 
-    def _room(self, index: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def room(self, index: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Where the input of this batch has its place."""
         place = self.places[index]
         if place is not None:
             return place[: shape[0]] if self._batched else place

@@ -1,0 +1,244 @@
+"""ONNX Runtime on a GPU: all of a model there or none of it, in our stream, from and to our memory.
+
+The runtime puts its work into the stream `compute` of the slots and returns; copies are the slots' own. Outputs of
+known shape are written where one copy brings them out; others the runtime places itself, and each is copied. Whether it
+writes where it is told is proven by the first run, because it leaves a bound output untouched where a model hands an
+input straight through.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from forno.kernels.devices import DeviceError, attached, open_device
+from forno.server.engines.onnx import element_type, reason, signature_of
+from forno.server.errors import ConfigError
+from forno.server.slots.cuda import Ring
+from forno.v1.tensors import OBJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from forno.kernels.devices import Device
+    from forno.server.config import CudaSettings
+    from forno.server.slots.cuda import CudaSlot
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+log = logging.getLogger("forno.engine.onnx")
+
+_FATAL_ONLY = 4  # what is less arrives as an exception
+_UNTOUCHED = 0xA5
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxCudaEngine:
+    """One ONNX model in an ONNX Runtime session on a device. Owned by a Model; ends with `close`.
+
+    Args:
+        path: The model file; external data is found beside it.
+        settings: Memory and arithmetic.
+        device: Where it runs, attached to no thread; closed with the engine. The CPU's runs without a GPU, for tests.
+
+    Raises:
+        ConfigError: The file is not a readable model, does not fit, or cannot run there as a whole.
+    """
+
+    name = "onnx"
+    text_only = True
+
+    def __init__(self, path: Path, settings: CudaSettings, device: Device) -> None:
+        self._path = path
+        self._settings = settings
+        self._device = device
+        self._kind = "cpu" if device.name == "cpu" else "cuda"  # as the runtime calls it
+        self._ring: Ring | None = None
+        self._session: Any = None
+        self._binds: bool | None = None  # unknown until one run went both ways
+        try:
+            self._check_fits()
+            self._ring = Ring(device, settings.slot_limit_bytes, busy_wait=settings.busy_wait)
+            self._session = self._open(self._ring)
+            self.signature = signature_of(self._session, path)
+            texts = [spec.name for spec in (*self.signature.inputs, *self.signature.outputs) if spec.dtype == OBJECT]
+            if texts:
+                raise ConfigError(f"{path} cannot run on a GPU: its tensor '{texts[0]}' holds strings; set device: cpu")
+        except BaseException:
+            self.close()
+            raise
+        self._input_names = [spec.name for spec in self.signature.inputs]
+        self._output_names = [spec.name for spec in self.signature.outputs]
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def new_slot(self, max_rows: int) -> CudaSlot:
+        """Buffers for one batch of up to `max_rows` rows."""
+        return self._open_ring().new_slot(self.signature, max_rows)
+
+    def run(self, slot: CudaSlot, rows: int) -> Sequence[Array]:
+        """Runs what the slot holds."""
+        shapes = None if self._binds is False else self._output_shapes(slot, rows)
+        if shapes is None:
+            return slot.own_rows(self._run_free(slot))
+        if self._binds is None:
+            return slot.own_rows(self._prove_binding(slot, shapes))
+        try:
+            return slot.own_rows(self._run_bound(slot, shapes))
+        except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
+            outputs = slot.own_rows(self._run_free(slot))  # raises too, unless it was the binding that failed
+            log.warning("%s: its outputs are bound no longer: %s", self._path, reason(error))
+            self._binds = False
+            return outputs
+
+    def settle(self, *, small: bool) -> bool:
+        """Has nothing to arrange."""
+        return False
+
+    def close(self) -> None:
+        """Frees the session, all memory and the device."""
+        self._session = None
+        if self._ring is not None:
+            self._ring.close()
+        self._device.close()
+
+    def _open_ring(self) -> Ring:
+        if self._ring is None:
+            raise RuntimeError("the engine is closed")
+        return self._ring
+
+    def _check_fits(self) -> None:
+        with attached(self._device):
+            free_bytes, total_bytes = self._device.memory_bytes()
+        model_bytes = self._path.stat().st_size
+        if model_bytes > free_bytes:
+            raise ConfigError(
+                f"{self._path} has {model_bytes} bytes, but of the {total_bytes} bytes of device "
+                f"'{self._device.name}:{self._device.ordinal}' only {free_bytes} are free"
+            )
+
+    def _open(self, ring: Ring) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1  # the work is elsewhere
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _FATAL_ONLY
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        provider, given = _PROVIDERS[self._kind], {}
+        if self._kind == "cuda":
+            if provider not in ort.get_available_providers():
+                raise ConfigError(
+                    "this ONNX Runtime has no CUDA; install it with 'forno[gpu]', without 'forno[server]' beside it"
+                )
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # no node runs on the CPU unseen
+            given = self._provider_options(ring)
+            ort.preload_dlls()
+        try:
+            session = ort.InferenceSession(str(self._path), options, providers=[(provider, given)])
+        except Exception as error:
+            why = reason(error)
+            if "fallback to CPU EP has been explicitly disabled" in why:
+                why = (
+                    "a part of it has no CUDA kernel, or CUDA's or cuDNN's libraries are missing; set device: cpu, or "
+                )
+                why += "install them with 'forno[gpu]'"
+            raise ConfigError(f"{self._path} cannot be opened on '{self._device.name}': {why}") from error
+        if session.get_providers()[0] != provider:  # what the runtime does where CUDA's libraries are missing
+            raise ConfigError(
+                f"{self._path} would run on {session.get_providers()[0]} instead of {provider}: "
+                "CUDA's or cuDNN's libraries are missing; install them with 'forno[gpu]'"
+            )
+        return session
+
+    def _provider_options(self, ring: Ring) -> dict[str, str]:
+        options = {
+            "device_id": str(self._device.ordinal),
+            "user_compute_stream": str(ring.compute),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": str(int(self._settings.tf32)),
+        }
+        if self._settings.memory_limit_bytes:
+            options["gpu_mem_limit"] = str(self._settings.memory_limit_bytes)
+        return options
+
+    def _output_shapes(self, slot: CudaSlot, rows: int) -> list[tuple[int, ...]] | None:
+        """Shapes of this run's outputs; None where one is open."""
+        batched = self.signature.batched
+        run_rows = slot.inputs[0].shape[0] if batched else rows
+        shapes = [(run_rows, *spec.shape[1:]) if batched else spec.shape for spec in self.signature.outputs]
+        return None if any(size < 0 for shape in shapes for size in shape) else shapes
+
+    def _bind_inputs(self, slot: CudaSlot) -> Any:
+        io = self._session.io_binding()
+        for name, array, address in zip(self._input_names, slot.inputs, slot.addresses, strict=True):
+            io.bind_input(name, self._kind, self._device.ordinal, element_type(array), array.shape, address)
+        return io
+
+    def _prove_binding(self, slot: CudaSlot, shapes: list[tuple[int, ...]]) -> Sequence[Array]:
+        """The first run: free and bound; outputs are bound from then on only if both gave the same."""
+        plain = [np.array(array) for array in self._run_free(slot)]
+        try:
+            self._binds = all(map(_equal, plain, self._run_bound(slot, shapes, wipe=True)))
+        except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
+            log.debug("%s: its outputs cannot be bound: %s", self._path, reason(error))
+            self._binds = False
+        return plain
+
+    def _run_bound(self, slot: CudaSlot, shapes: list[tuple[int, ...]], *, wipe: bool = False) -> Sequence[Array]:
+        """A run whose outputs come to their places in the slot; with `wipe`, over bytes that no model makes."""
+
+        def enqueue() -> list[Array]:
+            io = self._bind_inputs(slot)
+            tensors = slot.place_outputs(shapes, [spec.dtype for spec in self.signature.outputs])
+            for name, (array, address) in zip(self._output_names, tensors, strict=True):
+                if wipe and array.nbytes:
+                    self._device.fill(address, _UNTOUCHED, array.nbytes, self._open_ring().compute)
+                io.bind_output(name, self._kind, self._device.ordinal, element_type(array), array.shape, address)
+            self._enqueue(io)
+            slot.kept = io
+            return [array for array, _ in tensors]
+
+        return self._open_ring().run(slot, enqueue)
+
+    def _run_free(self, slot: CudaSlot) -> Sequence[Array]:
+        """A run whose outputs the runtime places; they are copied one by one."""
+
+        def enqueue() -> list[Array]:
+            io = self._bind_inputs(slot)
+            for name in self._output_names:
+                io.bind_output(name, self._kind, self._device.ordinal)
+            self._enqueue(io)
+            values = io.get_outputs()
+            dtypes = [spec.dtype for spec in self.signature.outputs]
+            tensors = slot.place_outputs([tuple(value.shape()) for value in values], dtypes)
+            pairs = zip(tensors, values, strict=True)
+            slot.copies_out = [(array.ctypes.data, value.data_ptr(), array.nbytes) for (array, _), value in pairs]
+            slot.kept = (io, values)
+            return [array for array, _ in tensors]
+
+        return self._open_ring().run(slot, enqueue)
+
+    def _enqueue(self, io: Any) -> None:
+        if self._kind == "cpu":  # whose runtime does not know our stream
+            self._device.finish(self._open_ring().compute)
+        self._session.run_with_iobinding(io, self._run_options)
+
+
+def open_on_device(path: Path, settings: CudaSettings, device: str) -> OnnxCudaEngine:
+    """Opens a model on `cuda`, `pycuda`, or one of several: `cuda:1`. Blocks; any thread.
+
+    Raises:
+        ConfigError: There is no such device, or see `OnnxCudaEngine`.
+    """
+    name, _, ordinal = device.partition(":")
+    try:
+        return OnnxCudaEngine(path, settings, open_device(name, int(ordinal or 0)))
+    except DeviceError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _equal(left: Array, right: Array) -> bool:
+    return left.shape == right.shape and left.tobytes() == right.tobytes()

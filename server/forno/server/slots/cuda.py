@@ -1,0 +1,222 @@
+"""Slots on a device: rows come together in pinned memory, and three streams carry them in, through and out.
+
+    thread of an instance    load | enqueue | wait ------------------------->
+    stream `come_in`                one copy in
+    stream `compute`                            run
+    stream `go_out`                                 one copy out
+
+Each run waits on its own thread, without the interpreter's lock; meanwhile those of other instances are loaded, copied
+and computed. A batch is one copy each way, however many tensors it has: they lie in one slab, 256 bytes aligned.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import TYPE_CHECKING, Any
+
+from forno.kernels.devices import attached
+from forno.server.slots.host import HostSlot
+from forno.server.slots.slabs import ALIGNMENT_BYTES, SlabFull, SlabPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+    from forno.kernels.devices import Device
+    from forno.server.signature import Signature
+    from forno.server.slots.slabs import Slab
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+    Tensor = tuple[Array, int]  # in pinned memory, and the address of its twin
+
+
+class CudaSlot(HostSlot):
+    """A slab for inputs and one for outputs. Made by a Ring, owned by a Worker; used by one thread at a time.
+
+    Inputs lie one after another, as this batch has them, so that what is copied is what is used; the same counts of
+    rows have the same addresses. A lone request is copied too: only pinned memory is copied by the device itself.
+
+    Args:
+        signature: Its inputs, none of which are strings.
+        max_rows: Most rows of a batch.
+        ring: Whose streams carry it.
+    """
+
+    def __init__(self, signature: Signature, max_rows: int, ring: Ring) -> None:
+        self.ring = ring
+        self.input_slab: Slab | None = None
+        self.output_slab: Slab | None = None
+        self.events: tuple[int, int, int] = ring.take_events()  # inputs are there, outputs are made, outputs are here
+        self.addresses: list[int] = []  # of `inputs` on the device
+        self.copies_out: list[tuple[int, int, int]] = []  # to pinned, from device, bytes
+        self.kept: object = None  # what must live until the outputs are copied
+        super().__init__(signature, max_rows)
+
+    def __del__(self) -> None:
+        self.ring.take_back(self)
+
+    def new_places(self, signature: Signature, max_rows: int) -> list[Array | None]:
+        """No input has a fixed place; the slab is of the size that they need, as far as that is known."""
+        shapes = [(max_rows, *spec.shape[1:]) if signature.batched else spec.shape for spec in signature.inputs]
+        sizes = [math.prod(map(abs, shape)) * spec.dtype.itemsize + ALIGNMENT_BYTES
+                 for shape, spec in zip(shapes, signature.inputs, strict=True)]  # fmt: skip
+        self.input_slab = self.ring.take_slab(sum(sizes))
+        return [None] * len(signature.inputs)
+
+    def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
+        """Brings the inputs of each request to their places in pinned memory."""
+        while True:
+            slab = self._slab("input_slab", 0)
+            slab.used_bytes = 0
+            self.addresses = []
+            try:
+                super().load(requests, rows)
+            except SlabFull as full:
+                self._slab("input_slab", full.needed_bytes)
+            else:
+                return
+
+    def readable(self, index: int, array: Array) -> Array:
+        """Always a copy."""
+        return self.copied(index, array)
+
+    def room(self, index: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """The next place in the slab."""
+        array, address = self._slab("input_slab", 0).place(shape, dtype)
+        self.addresses.append(address)
+        return array
+
+    def place_outputs(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> list[Tensor]:
+        """Room for the outputs of this batch, which one copy brings out."""
+        needed_bytes = sum(
+            math.prod(shape) * dtype.itemsize + ALIGNMENT_BYTES for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+        slab = self._slab("output_slab", needed_bytes)
+        slab.used_bytes = 0
+        tensors = [slab.place(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        self.copies_out = [(slab.pinned, slab.device, slab.used_bytes)]
+        return tensors
+
+    def release(self) -> None:
+        """Lets go of everything that belongs to the requests."""
+        super().release()
+        self.kept = None
+
+    def _slab(self, name: str, needed_bytes: int) -> Slab:
+        """That slab, if need be another that is large enough."""
+        slab: Slab | None = getattr(self, name)
+        if slab is None or slab.size_bytes < needed_bytes:
+            larger = self.ring.take_slab(needed_bytes)
+            if slab is not None:
+                self.ring.pool.give(slab)
+            setattr(self, name, larger)
+            return larger
+        return slab
+
+
+class Ring:
+    """The streams that carry the slots of one engine, and their memory. Made by an engine; ends with `close`.
+
+    Several threads may call `run`, each with a slot of its own. They take turns to enqueue, so that batches come out in
+    the order in which they went in, and wait side by side.
+
+    Args:
+        device: Where it runs; attached to no thread when a method is called.
+        limit_bytes: Most memory of the slots, on each side; 0 = as much as there is.
+        busy_wait: Whether a thread that waits for its outputs spins.
+    """
+
+    def __init__(self, device: Device, limit_bytes: int = 0, *, busy_wait: bool = False) -> None:
+        self.device = device
+        self.pool = SlabPool(device, limit_bytes)
+        self._busy_wait = busy_wait
+        self._turn = threading.Lock()
+        self._events: list[tuple[int, int, int]] = []
+        self._idle_events: list[tuple[int, int, int]] = []  # appended to by any thread, without a lock
+        with attached(device):
+            self.come_in, self.compute, self.go_out = [device.new_stream() for _ in range(3)]
+        self._closed = False
+
+    def new_slot(self, signature: Signature, max_rows: int) -> CudaSlot:
+        """Buffers for one batch of up to `max_rows` rows.
+
+        Raises:
+            OutOfDeviceMemory: They do not fit.
+        """
+        with attached(self.device):
+            return CudaSlot(signature, max_rows, self)
+
+    def run(self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]]) -> Sequence[Array]:
+        """Copies in, has the model enqueue its work to the stream `compute`, copies out, and waits for that.
+
+        Args:
+            slot: What runs; loaded.
+            enqueue: Is to place the slot's outputs and return them; they are filled when this returns.
+        """
+        device = self.device
+        inputs_there, outputs_made, outputs_here = slot.events
+        slab = slot.input_slab
+        with attached(device):
+            try:
+                with self._turn:
+                    if slab is not None and slab.used_bytes:
+                        device.copy_in(slab.device, slab.pinned, slab.used_bytes, self.come_in)
+                    device.record(inputs_there, self.come_in)
+                    device.wait(self.compute, inputs_there)
+                    outputs = enqueue()
+                    device.record(outputs_made, self.compute)
+                    device.wait(self.go_out, outputs_made)
+                    for to, source, size_bytes in slot.copies_out:
+                        if size_bytes:
+                            device.copy_out(to, source, size_bytes, self.go_out)
+                    device.record(outputs_here, self.go_out)
+                device.synchronize(outputs_here)
+            except BaseException:
+                self._finish()  # before anybody uses the slot's memory again
+                raise
+        return outputs
+
+    def take_slab(self, size_bytes: int) -> Slab:
+        """Memory for a slot.
+
+        Raises:
+            OutOfDeviceMemory: It does not fit.
+        """
+        with attached(self.device):
+            return self.pool.take(size_bytes)
+
+    def take_events(self) -> tuple[int, int, int]:
+        """Events for a new slot. The thread is attached."""
+        if self._idle_events:
+            return self._idle_events.pop()
+        new = self.device.new_event
+        events = (new(), new(), new(busy_wait=self._busy_wait))
+        self._events.append(events)
+        return events
+
+    def take_back(self, slot: CudaSlot) -> None:
+        """Keeps what a slot that ends had for the next one. On any thread, at any time, without calling the device."""
+        for slab in (slot.input_slab, slot.output_slab):
+            if slab is not None:
+                self.pool.give(slab)
+        self._idle_events.append(slot.events)
+
+    def close(self) -> None:
+        """Gives streams, events and all memory back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with attached(self.device):
+            self._finish()
+            for stream in (self.come_in, self.compute, self.go_out):
+                self.device.close_stream(stream)
+            for events in self._events:
+                for event in events:
+                    self.device.close_event(event)
+            self.pool.close()
+
+    def _finish(self) -> None:
+        for stream in (self.come_in, self.compute, self.go_out):
+            self.device.finish(stream)
