@@ -121,6 +121,9 @@ class RecordingMetrics:
     ) -> None:
         self.batches.append((list(queue_us), list(total_us), rows, compute_us, failed))
 
+    def answered(self, queue_us: int, total_us: int) -> None:
+        self.reasons["ok"] += 1
+
     def padding(self, elements: int, padded: int) -> None:
         self.elements += elements
         self.padded_elements += padded

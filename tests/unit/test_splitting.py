@@ -15,8 +15,10 @@ from tests.unit.puppets import RecordingMetrics
 from tests.unit.test_model import ask, made, null, run
 from tests.unit.test_worker import Bench
 
-from forno.server.config import BatchingSettings
+from forno.server.config import BatchingSettings, ModelSettings
 from forno.server.errors import DeadlineExceeded, EngineFailed, InvalidArgument, Overloaded
+from forno.server.metrics import Metrics
+from forno.server.model import Model
 from forno.server.request import Answer, Request
 from forno.server.splitting import parts_of
 
@@ -26,8 +28,8 @@ def submit_parts(bench: Bench, rows: int, max_rows: int, **more: Any) -> Request
     x = np.arange(rows * 2, dtype=np.int64).reshape(rows, 2)
     finish = more.pop("finish", lambda answer: answer)
     whole = Request((x,), rows, finish, bench.loop.create_future(), bench.clock.now_us, **more)
-    for part in parts_of(whole, max_rows)[1]:
-        bench.worker.submit(part)
+    for part in parts_of(whole, max_rows, lambda outcome, _queue_us: bench.metrics.refused(outcome))[1]:
+        bench.worker.submit_part(part)
     return whole
 
 
@@ -39,6 +41,8 @@ def test_parts_answer_as_one_run_does(rows, max_rows, threaded):
         answer = whole.future.result()
         np.testing.assert_array_equal(answer.outputs[0], whole.inputs[0] + 1, strict=True)
         assert answer.batch_rows == min(rows, max_rows)
+        assert bench.metrics.reasons == {"ok": 1}
+        assert not any(queue_us or total_us for queue_us, total_us, *_ in bench.metrics.batches)
         assert all(len(x) <= max_rows for x in bench.engine.runs)
 
 
@@ -58,7 +62,7 @@ def test_a_place_for_the_answer_is_all_that_is_asked_of_the_caller():
         reply = Reply()
         x = np.zeros((5, 2), np.int64)
         whole = Request((x,), 5, lambda answer: answer, reply, 1)  # type: ignore[arg-type]
-        for part in parts_of(whole, 2)[1]:
+        for part in parts_of(whole, 2, lambda _outcome, _queue_us: None)[1]:
             bench.worker.submit(part)
         bench.loop.turn(3)
         assert reply.answer is not None
@@ -83,6 +87,7 @@ def test_a_cancelled_request_leaves_no_part_that_runs():
         bench.close(grace_s=1000)
         assert len(bench.engine.runs) == 1
         assert bench.batcher.pending_rows == 0
+        assert bench.metrics.reasons == {"cancelled": 1}
 
 
 def test_a_failed_part_fails_all_and_ends_the_others(caplog):
@@ -94,6 +99,7 @@ def test_a_failed_part_fails_all_and_ends_the_others(caplog):
         assert isinstance(whole.future.exception(), EngineFailed)
         bench.close(grace_s=1000)
         assert len(bench.engine.runs) <= 2
+        assert bench.metrics.reasons == {"failed": 1}
 
 
 def test_parts_expire_as_one():
@@ -104,6 +110,7 @@ def test_parts_expire_as_one():
         bench.loop.turn()
         assert isinstance(whole.future.exception(), DeadlineExceeded)
         bench.finish_run()
+        assert bench.metrics.reasons == {"expired": 1}
 
 
 def test_an_encoder_that_fails_fails_the_request(caplog):
@@ -155,6 +162,23 @@ def test_more_rows_than_may_wait_are_refused():
         second = ask(model, x=np.full((6, 2), 2, np.float32))
         assert (await first)[0].shape == (3, 2)
         assert np.all((await second)[0] == 2)
+        await model.close(1)
+
+    run(ask_some())
+
+
+def test_a_request_in_parts_counts_once():
+    async def ask_some() -> None:
+        store = Metrics()
+        model = Model("m", "1", None, ModelSettings(engine="null", batching=BatchingSettings(max_rows=4)),
+                      store.model("m", "1"))  # fmt: skip
+        await model.load()
+        await asyncio.gather(ask(model, x=np.ones((11, 2), np.float32)), ask(model, x=np.ones((1, 2), np.float32)))
+        text = store.prometheus().decode()
+        labels = 'model="m",version="1"'
+        assert f'forno_requests_total{{{labels},outcome="ok"}} 2\n' in text
+        assert f"forno_request_seconds_count{{{labels}}} 2\n" in text
+        assert f"forno_request_queue_seconds_count{{{labels}}} 2\n" in text
         await model.close(1)
 
     run(ask_some())

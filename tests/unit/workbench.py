@@ -66,8 +66,8 @@ class WatchedBatcher(Batcher):
     def urgency(self, request: Request) -> int:
         return min(request.expires_us, request.arrived_us + self._promote_us)
 
-    def try_close(self, now_us: int) -> Batch | None:
-        batch = super().try_close(now_us)
+    def try_close(self, now_us: int, *, only_full: bool = False) -> Batch | None:
+        batch = super().try_close(now_us, only_full=only_full)
         if batch is not None:
             for priority in {each.priority for each in batch.requests}:
                 order = [self.urgency(each) for each in batch.requests if each.priority == priority]

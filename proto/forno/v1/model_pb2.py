@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from forno.v1 import tensor_pb2 as forno_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66orno/v1/model.proto\x12\x08\x66orno.v1\x1a\x15\x66orno/v1/tensor.proto\"c\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\tdata_type\x18\x02 \x01(\x0e\x32\x12.forno.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x05\x12\x11\n\tdim_names\x18\x04 \x03(\t\"C\n\x08\x42\x61tching\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x10\n\x08max_rows\x18\x02 \x01(\x05\x12\x14\n\x0cmax_delay_us\x18\x03 \x01(\x05\"\x80\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.forno.v1.ModelState\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12$\n\x06inputs\x18\x07 \x03(\x0b\x32\x14.forno.v1.TensorSpec\x12%\n\x07outputs\x18\x08 \x03(\x0b\x32\x14.forno.v1.TensorSpec\x12$\n\x08\x62\x61tching\x18\t \x01(\x0b\x32\x12.forno.v1.Batching\x12\x11\n\tendpoints\x18\n \x03(\t*\xa5\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66orno/v1/model.proto\x12\x08\x66orno.v1\x1a\x15\x66orno/v1/tensor.proto\"c\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\tdata_type\x18\x02 \x01(\x0e\x32\x12.forno.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x05\x12\x11\n\tdim_names\x18\x04 \x03(\t\"r\n\x08\x42\x61tching\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x10\n\x08max_rows\x18\x02 \x01(\x05\x12\x14\n\x0cmax_delay_us\x18\x03 \x01(\x05\x12\x12\n\ntuned_rows\x18\x04 \x01(\x05\x12\x19\n\x11latency_target_ms\x18\x05 \x01(\x05\"\x80\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.forno.v1.ModelState\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12$\n\x06inputs\x18\x07 \x03(\x0b\x32\x14.forno.v1.TensorSpec\x12%\n\x07outputs\x18\x08 \x03(\x0b\x32\x14.forno.v1.TensorSpec\x12$\n\x08\x62\x61tching\x18\t \x01(\x0b\x32\x12.forno.v1.Batching\x12\x11\n\tendpoints\x18\n \x03(\t*\xa5\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forno.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=487
-  _globals['_MODELSTATE']._serialized_end=652
+  _globals['_MODELSTATE']._serialized_start=534
+  _globals['_MODELSTATE']._serialized_end=699
   _globals['_TENSORSPEC']._serialized_start=57
   _globals['_TENSORSPEC']._serialized_end=156
   _globals['_BATCHING']._serialized_start=158
-  _globals['_BATCHING']._serialized_end=225
-  _globals['_MODEL']._serialized_start=228
-  _globals['_MODEL']._serialized_end=484
+  _globals['_BATCHING']._serialized_end=272
+  _globals['_MODEL']._serialized_start=275
+  _globals['_MODEL']._serialized_end=531
 # @@protoc_insertion_point(module_scope)

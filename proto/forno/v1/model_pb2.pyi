@@ -36,14 +36,18 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., data_type: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., dim_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Batching(_message.Message):
-    __slots__ = ("enabled", "max_rows", "max_delay_us")
+    __slots__ = ("enabled", "max_rows", "max_delay_us", "tuned_rows", "latency_target_ms")
     ENABLED_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     MAX_DELAY_US_FIELD_NUMBER: _ClassVar[int]
+    TUNED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
     enabled: bool
     max_rows: int
     max_delay_us: int
-    def __init__(self, enabled: _Optional[bool] = ..., max_rows: _Optional[int] = ..., max_delay_us: _Optional[int] = ...) -> None: ...
+    tuned_rows: int
+    latency_target_ms: int
+    def __init__(self, enabled: _Optional[bool] = ..., max_rows: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., tuned_rows: _Optional[int] = ..., latency_target_ms: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "version", "labels", "state", "error", "engine", "inputs", "outputs", "batching", "endpoints")

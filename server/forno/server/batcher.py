@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from forno.server.admission import expected_us, makes_late_us
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
 from forno.server.filling import Filling
-from forno.server.request import NEVER_US, Batch, Request
+from forno.server.request import NEVER_US, Batch, Request, callers
 from forno.server.scheduling import Group
 from forno.server.tuning import Tuner
 
@@ -91,10 +91,7 @@ class Batcher:
         self._tuner = Tuner(settings, max_rows)  # of the last run
         if not by_shape:
             self._tuners[()] = self._tuner
-            for rows, run_us in samples:
-                if rows <= max_rows:
-                    self._tuner.cost.learn(rows, run_us)
-            self._tuner.review()
+            self._tuner.begin(samples)
         self._patient = max_rows > 1 and bool(settings.max_delay_us or settings.latency_target_ms)
         self._soonest_us = NEVER_US  # no waiting request expires before this
         self._moves = settings.max_pending_rows  # refusals and departures since the last search for cancelled requests
@@ -137,13 +134,22 @@ class Batcher:
         self.pending_requests += 1
         self.pending_rows += rows
 
-    def try_close(self, now_us: int) -> Batch | None:
-        """The batch that should run now, or None. Cancelled and expired requests are dropped on the way."""
+    def try_close(self, now_us: int, *, only_full: bool = False) -> Batch | None:
+        """The batch that should run now, or None. Cancelled and expired requests are dropped on the way.
+
+        Args:
+            now_us: Now.
+            only_full: Whether a batch that could find more company is left for later.
+        """
         while self._groups:
             if not self._patient and len(self._groups) == 1:
                 ((key, group),) = self._groups.items()
+                if only_full and group.rows < group.tuner.cap:
+                    return None
             else:
                 due = [item for item in self._groups.items() if item[1].due_us <= now_us]
+                if only_full:
+                    due = [item for item in due if item[1].rows >= item[1].tuner.cap]
                 if not due:
                     return None
                 key, group = min(due, key=lambda item: item[1].rank(now_us))
@@ -167,9 +173,11 @@ class Batcher:
 
     def ran(self, batch: Batch, run_us: int, now_us: int) -> None:
         """Told what a run took, failed ones left out."""
+        waited = batch.requests[0].arrived_us < self._ran_us  # for the run before
+        gap_us = max(now_us - run_us - self._ran_us, 0) if waited else None
         self._ran_us = now_us
         self._tuner = tuner = batch.tuner
-        tuner.ran(batch.rows, run_us, batch.closed_us)
+        tuner.ran(batch, run_us, gap_us)
 
     def next_close_us(self) -> int | None:
         """When `try_close` should be asked again; None while nothing waits, 0 where a batch is ready."""
@@ -259,12 +267,13 @@ class Batcher:
     def _take(self, group: Group, now_us: int) -> Batch:
         """Moves requests from the group into a batch, in order, until one does not fit. May return no request."""
         lanes, tuner = group.lanes, group.tuner
+        limit = tuner.limit(group.rows)
         if len(lanes) == 1:
             ((priority, lane),) = lanes.items()
             if not lane.timed:
-                return self._take_in_order(group, priority, lane, now_us)
+                return self._take_in_order(group, priority, lane, now_us, limit)
         starts_us = max(now_us, self.free_us) + self.lag_us
-        filling = Filling(tuner, group.rows, now_us, starts_us, trusting=not self._is_stale(now_us))
+        filling = Filling(tuner.cost, limit, group.rows, now_us, starts_us, trusting=not self._is_stale(now_us))
         for priority, lane in group.turns(now_us):
             filling.take(lane)
             if filling.full:
@@ -277,11 +286,11 @@ class Batcher:
             self._drop(dropped, now_us)
         if hopeless:
             self._give_up(hopeless)
-        return Batch(requests, filling.rows, now_us, tuner)
+        return Batch(requests, filling.rows, now_us, tuner, limit)
 
-    def _take_in_order(self, group: Group, priority: int, lane: Lane, now_us: int) -> Batch:
+    def _take_in_order(self, group: Group, priority: int, lane: Lane, now_us: int, limit: int) -> Batch:
         """The same where nobody has a deadline and all have one priority, which is the way of most batches."""
-        fifo, cap = lane.fifo, group.tuner.cap
+        fifo = lane.fifo
         requests: list[Request] = []
         dropped: list[Request] = []
         rows = dropped_rows = 0
@@ -290,7 +299,7 @@ class Batcher:
             if request.future.done():
                 dropped.append(request)
                 dropped_rows += request.rows
-            elif rows + request.rows <= cap or not requests:
+            elif rows + request.rows <= limit or not requests:
                 rows += request.rows
                 requests.append(request)
             else:
@@ -303,7 +312,7 @@ class Batcher:
         self._moves += len(requests)
         if dropped:
             self._drop(dropped, now_us)
-        return Batch(requests, rows, now_us, group.tuner)
+        return Batch(requests, rows, now_us, group.tuner, limit)
 
     def _left(self, group: Group, requests: int, rows: int) -> None:
         group.rows -= rows
@@ -372,10 +381,11 @@ class Batcher:
             request.future.set_exception(
                 DeadlineExceeded(f"the deadline passed after {waited_us} us in the queue; the request did not run")
             )
-        if expired:
-            self._refused("expired", len(expired))
-        if len(expired) < len(requests):
-            self._refused("cancelled", len(requests) - len(expired))
+        expired_count, count = callers(expired), callers(requests)
+        if expired_count:
+            self._refused("expired", expired_count)
+        if expired_count < count:
+            self._refused("cancelled", count - expired_count)
 
     def _give_up(self, requests: list[Request]) -> None:
         """Answers those that would only be late: the run before took longer than was expected when they came."""
@@ -383,5 +393,6 @@ class Batcher:
             request.future.set_exception(
                 Overloaded("the deadline could not be met any more; the request did not run", self._retry_s())
             )
-        if requests:
-            self._refused("overloaded", len(requests))
+        count = callers(requests)
+        if count:
+            self._refused("overloaded", count)

@@ -33,8 +33,8 @@ class BatchingSettings(Settings):
     enabled: bool | None = None
     """Whether rows of different requests run together; unset = found from the model and proven at warm-up."""
     tune: Literal["auto", "off"] = "auto"
-    """`auto`: rows of a run, and with `latency_target_ms` the wait for company, follow what runs are measured
-    to cost; a value that is set below stays as it is. `off`: all of them stay."""
+    """`auto`: the rows of a run follow what runs are measured to cost; a value that is set below stays as it is.
+    `off`: all of them stay."""
     max_rows: Rows = 32
     """Most rows of one run. Unset = 32 at most, and fewer where more rows make nothing faster."""
     max_delay_us: Annotated[int, Field(strict=True, ge=0, le=10_000_000)] = 0

@@ -87,21 +87,10 @@ class Cost:
         is_between = any(self.samples[:at]) and any(self.samples[at + 1 :])
         return self.typical_us(self.rows[at]) / self._scale if is_between else 0.0
 
-    def forget_but(self, rows: int) -> None:
-        """All has changed: other counts than this one are to be learned anew."""
-        own = self._index[rows]
-        if self.samples[own]:
-            self.samples = [count if at == own else 0 for at, count in enumerate(self.samples)]
-            self._dirty = True
-
     @property
     def known(self) -> bool:
         """Whether any run was seen."""
         return self._dirty or self._typical_us is not self._mean_us
-
-    def step_of(self, rows: int) -> int:
-        """Which of `self.rows` stands for so many rows."""
-        return self._index[rows]
 
     def typical_us(self, rows: int) -> float:
         """What a run of so many rows is expected to take; 0 while nothing is known."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from forno.server.request import NEVER_US
 
 if TYPE_CHECKING:
+    from forno.server.cost import Cost
     from forno.server.request import Request
     from forno.server.scheduling import Lane
-    from forno.server.tuning import Tuner
 
 _WORTH_RATE = 0.97
 """While more waits than one batch takes, a batch that is kept small by a near deadline must reach this share of a full
@@ -21,23 +21,26 @@ class Filling:
     """Takes requests out of lanes, in order, until one does not fit. Lives for one `Batcher.try_close`.
 
     Args:
-        tuner: Most rows, though a single larger request goes alone, and what runs cost.
+        cost: What runs cost.
+        limit: Most rows, though a single larger request goes alone.
         waiting_rows: Rows that could be taken in all.
         now_us: Now.
         starts_us: When the run is expected to start, and what its answer needs beyond the run.
         trusting: Whether requests that look hopeless are dropped.
     """
 
-    def __init__(self, tuner: Tuner, waiting_rows: int, now_us: int, starts_us: int, *, trusting: bool) -> None:
+    def __init__(
+        self, cost: Cost, limit: int, waiting_rows: int, now_us: int, starts_us: int, *, trusting: bool
+    ) -> None:
         self.requests: list[Request] = []
         self.rows = 0
         self.dropped: list[Request] = []  # cancelled and expired
         self.hopeless: list[Request] = []  # would be late even if they ran now
         self.left_rows = 0  # of all three
         self.full = False  # whether a request did not fit
-        self._cap = tuner.cap
-        self._cost = tuner.cost
-        self._crowded = trusting and tuner.cost.known and waiting_rows > tuner.cap
+        self._cap = limit
+        self._cost = cost
+        self._crowded = trusting and cost.known and waiting_rows > limit
         self._now_us = now_us
         self._starts_us = starts_us
         self._trusting = trusting

@@ -205,6 +205,17 @@ class ModelMetrics:
             self.compute.fold()
             self.rows.fold()
 
+    def answered(self, queue_us: int, total_us: int) -> None:
+        """Record a request that ran in parts, which `batch` was not told of.
+
+        Args:
+            queue_us: From its arrival to the start of the first part's run.
+            total_us: From its arrival to its answer.
+        """
+        self.outcomes["ok"] += 1
+        self.queue.pending.append(queue_us)
+        self.total.pending.append(total_us)
+
     def padding(self, elements: int, padded: int) -> None:
         """Record what a run of a model with padding was given.
 
@@ -219,7 +230,7 @@ class ModelMetrics:
         """Record requests that never ran.
 
         Args:
-            reason: "overloaded", "expired", "cancelled" or "invalid".
+            reason: "overloaded", "expired", "cancelled", "failed" or "invalid".
             count: How many.
         """
         self.outcomes[reason] += count

@@ -307,12 +307,20 @@ class Model:
                 "send fewer rows a request",
                 "inputs",
             )
-        whole, parts = parts_of(request, self.max_rows)
+        arrived_us = request.arrived_us or self._clock_us()
+
+        def count(outcome: str, queue_us: int) -> None:
+            if outcome == "ok":
+                self._metrics.answered(queue_us, self._clock_us() - arrived_us)
+            else:
+                self._metrics.refused(outcome)
+
+        whole, parts = parts_of(request, self.max_rows, count)
         try:
             for part in parts:
                 if self._pads:
                     self._fit(part)
-                worker.submit(part)
+                worker.submit_part(part)
         except FornoError:
             whole.give_up()
             raise

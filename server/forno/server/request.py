@@ -51,6 +51,7 @@ class Request:
     urgent_us: int = 0  # monotonic; set by the batcher: requests of one priority run in this order
     deadline_us: int = 0  # monotonic; when the answer is of no use, where that is not `expires_us`
     shape_key: RowShapes | None = None  # requests of equal keys can share a run; None = of equal row shapes
+    is_part: bool = False  # of a caller's request, which is counted apart, once
 
     @property
     def answer_by_us(self) -> int:
@@ -71,3 +72,9 @@ class Batch:
     rows: int
     closed_us: int = 0  # monotonic; when it left the queue
     tuner: Any = None  # the batcher's own: what learns from the run
+    limit: int = 0  # rows that it could have had; a single larger request goes alone
+
+
+def callers(requests: list[Request]) -> int:
+    """How many of them count in metrics: a request that runs in parts is counted by who joins them."""
+    return sum([not request.is_part for request in requests])

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forno.server.errors import DeadlineExceeded, Overloaded
 from forno.server.request import Answer, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     Array = np.ndarray[Any, np.dtype[Any]]
+    Count = Callable[[str, int], None]
+
+_OUTCOMES: dict[type[BaseException], str] = {DeadlineExceeded: "expired", Overloaded: "overloaded"}
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +36,9 @@ class Whole:
     a cancelled caller, or the error of one part, ends those that wait still.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, count: Count) -> None:
         self._request = request
+        self._count: Count | None = count  # None once it has been told
         self._left = request.rows
         self._outputs: list[Array] = []
         self._times = _Times()
@@ -41,11 +46,13 @@ class Whole:
 
     def done(self) -> bool:
         """Whether nobody waits any more."""
+        if not self._given_up and self._request.future.done():
+            self._end("cancelled")
         return self._given_up or self._request.future.done()
 
     def give_up(self) -> None:
-        """Ends the parts without an answer: the request was refused."""
-        self._given_up = True
+        """Ends the parts without an answer: the request was refused, and counted where that was done."""
+        self._given_up, self._count = True, None
 
     def set_result(self, result: object) -> None:
         """Does nothing: the answer went with `take`."""
@@ -53,6 +60,7 @@ class Whole:
     def set_exception(self, error: BaseException) -> None:
         """Fails the request, if another part has not."""
         if not self.done():
+            self._end(_OUTCOMES.get(type(error), "failed"))
             self._request.future.set_exception(error)
 
     def take(self, start: int, rows: int, answer: Answer) -> None:
@@ -80,12 +88,24 @@ class Whole:
             joined = Answer(self._outputs, times.queue_us, times.compute_us, times.batch_rows)
             result = request.finish(joined)
             if not self.done():
+                self._end("ok")
                 request.future.set_result(result)
 
+    def _end(self, outcome: str) -> None:
+        count, self._count = self._count, None
+        if count is not None:
+            count(outcome, self._times.queue_us)
 
-def parts_of(request: Request, max_rows: int) -> tuple[Whole, Sequence[Request]]:
-    """What joins the parts, and the parts: of at most `max_rows` rows each, their answers together the request's."""
-    whole = Whole(request)
+
+def parts_of(request: Request, max_rows: int, count: Count) -> tuple[Whole, Sequence[Request]]:
+    """What joins the parts, and the parts: of at most `max_rows` rows each, their answers together the request's.
+
+    Args:
+        request: The request.
+        max_rows: Most rows of a part.
+        count: Told once how it ended, as metrics call it, and how long its first part waited.
+    """
+    whole = Whole(request, count)
     parts = []
     for start in range(0, request.rows, max_rows):
         rows = min(max_rows, request.rows - start)
@@ -99,6 +119,7 @@ def parts_of(request: Request, max_rows: int) -> tuple[Whole, Sequence[Request]]
                 request.expires_us,
                 request.priority,
                 deadline_us=request.deadline_us,
+                is_part=True,
             )
         )
     return whole, parts

@@ -36,9 +36,11 @@ _SPARE_SLOTS = 1
 """Filled, or encoded from, while the others run."""
 _INLINE_BATCHES = 2
 """Most runs in one pass of the event loop, so that it also sees to its sockets."""
-_DOORSTEP_BELOW_US = 5_000
-"""Behind a run shorter than this, the next batch waits at the thread's door, since handing it over costs about 100 us.
-Behind a longer one it is closed when the engine is free: until then its requests group better, and can be cancelled."""
+_SHORT_US = 500
+_LONG_US = 5_000
+"""Handing a batch over to the thread costs about 100 us. Behind a short run, the next batch is therefore closed at once
+and waits at the thread's door; behind one that is neither short nor long only if it is full, since it would find more
+company; and behind a long one no batch is: until the engine is free requests can be overtaken and cancelled."""
 _SLOW_RUNS = 8
 """So many slow runs in a row on the event loop move a model to a thread for good."""
 _SLOW_FACTOR = 4
@@ -111,6 +113,7 @@ class Worker:
         self._runs: list[_Run] = []  # handed to the threads and not yet answered, the oldest first
         self._door: SimpleQueue[_Run | None] | None = None  # None while runs are inline
         self._closed = False
+        self._split = False  # whether parts of requests came
         self._quiet: asyncio.Future[None] | None = None  # somebody waits for the last answer
         self._threads = 0  # that have not ended; counted down under `_leaving`, and the last closes the engine
         self._leaving = threading.Lock()
@@ -143,6 +146,11 @@ class Worker:
         if not request.arrived_us:
             request.arrived_us = self._now_us
         self._batcher.submit(request)
+
+    def submit_part(self, request: Request) -> None:
+        """As `submit`, for a part of a request; the metrics leave it out from now on, wherever it ends."""
+        self._split = True
+        self.submit(request)
 
     async def close(self, grace_s: float) -> None:
         """Finishes what was submitted, fails what is left after `grace_s`, and stops. To be called once.
@@ -202,7 +210,8 @@ class Worker:
             now_us = run.ended_us
             self._learn(run)
             self._answer(run, now_us)
-            if now_us - run.started_us <= self._slow_us:
+            now_us = self._clock_us()
+            if run.ended_us - run.started_us <= self._slow_us:
                 self._slow_runs = 0
             elif self._slow_runs + 1 < _SLOW_RUNS:
                 self._slow_runs += 1
@@ -217,8 +226,11 @@ class Worker:
     def _hand_over(self, door: SimpleQueue[_Run | None]) -> int:
         """Closes batches while the threads can use them, and no earlier."""
         now_us = self._clock_us()
-        while self._has_room():
-            batch = self._batcher.try_close(now_us)
+        while self._free:
+            only_full = len(self._runs) >= self._instances and self._run_us >= _SHORT_US
+            if only_full and self._run_us >= _LONG_US:
+                break
+            batch = self._batcher.try_close(now_us, only_full=only_full)
             if batch is None:
                 break
             run = _Run(batch, self._free.pop())
@@ -226,10 +238,6 @@ class Worker:
             door.put(run)
             self._expect(now_us)
         return now_us
-
-    def _has_room(self) -> bool:
-        doorstep = 1 if self._run_us < _DOORSTEP_BELOW_US else 0
-        return bool(self._free) and len(self._runs) < self._instances + doorstep
 
     def _start_threads(self) -> None:
         self._door = SimpleQueue()
@@ -273,19 +281,20 @@ class Worker:
             now_us = self._clock_us()
             self._run_us = run.ended_us - run.started_us
             self._learn(run)
-            self._notice_lag(now_us - run.ended_us)
             self._expect(now_us)
             if self._door is not None:
                 self._hand_over(self._door)  # the engine first: it works on while answers are encoded
             self._answer(run, self._clock_us())
+            self._loop.call_soon(self._notice_lag, run.ended_us)  # behind those who wait for the answers
         self._free.append(run.slot)
         self._pump()
 
     def _expect(self, now_us: int) -> None:
         self._batcher.expect([(run.batch, run.started_us) for run in self._runs], now_us)
 
-    def _notice_lag(self, lag_us: int) -> None:
-        more_us = lag_us - self._batcher.lag_us
+    def _notice_lag(self, ended_us: int) -> None:
+        """Learns how long answers are on their way after a run."""
+        more_us = self._clock_us() - ended_us - self._batcher.lag_us
         self._batcher.lag_us += more_us // (_LAG_RISE if more_us > 0 else _LAG_FALL)
 
     def _learn(self, run: _Run) -> None:
@@ -320,6 +329,9 @@ class Worker:
         run.slot.release()
         if run.slot.elements:
             self._metrics.padding(run.slot.elements, run.slot.padded_elements)
+        if self._split:
+            whole = [index for index, request in enumerate(requests) if not request.is_part]
+            requests, queue_us = [requests[index] for index in whole], [queue_us[index] for index in whole]
         total_us = [now_us - request.arrived_us for request in requests]
         self._metrics.batch(queue_us, total_us, rows, compute_us, failed=run.error is not None)
 
@@ -334,7 +346,7 @@ class Worker:
     def _set_timer(self, now_us: int) -> None:
         """Wakes the pump when a batch falls due or requests expire, whichever comes first."""
         expiry_us, close_us = self._batcher.next_expiry_us(), None
-        if not self._pump_is_due and (self._door is None or self._has_room()):
+        if not self._pump_is_due and (self._door is None or len(self._runs) < self._instances):
             close_us = self._batcher.next_close_us()
         wake_us = min(
             NEVER_US if expiry_us is None else expiry_us + _EXPIRY_GRAIN_US,

@@ -72,6 +72,7 @@ class ModelInfo:
     outputs: tuple[TensorInfo, ...]
     batched: bool  # rows of different requests may run together
     max_rows: int  # most rows of one run
+    tuned_rows: int  # most rows that a run is given now
     endpoints: tuple[str, ...]  # names of the endpoints that answer from it
 
 
@@ -93,6 +94,7 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         tuple(_tensor_of(spec) for spec in message.outputs),
         message.batching.enabled,
         message.batching.max_rows,
+        message.batching.tuned_rows,
         tuple(message.endpoints),
     )
 

@@ -35,7 +35,9 @@ def model(model: Model, registry: Registry, endpoints: Iterable[Endpoint]) -> mo
         message.outputs.extend(map(_spec, signature.outputs))
         message.batching.enabled = signature.batched
         message.batching.max_rows = model.max_rows
-        message.batching.max_delay_us = model.settings.batching.max_delay_us if signature.batched else 0
+        statistics = model.statistics()
+        message.batching.tuned_rows, message.batching.max_delay_us = statistics.rows_cap, statistics.delay_us
+        message.batching.latency_target_ms = model.settings.batching.latency_target_ms
     return message
 
 
