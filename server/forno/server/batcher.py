@@ -19,7 +19,7 @@ from forno.server.admission import expected_us, makes_late_us
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
 from forno.server.filling import Filling
 from forno.server.request import NEVER_US, Batch, Request, callers
-from forno.server.scheduling import Group
+from forno.server.scheduling import Group, due_us
 from forno.server.tuning import Tuner
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ class Batcher:
         if not by_shape:
             self._tuners[()] = self._tuner
             self._tuner.begin(samples)
-        self._patient = max_rows > 1 and bool(settings.max_delay_us or settings.latency_target_ms)
+        self._patient = max_rows > 1 and bool(settings.max_delay_us)
+        given = "max_delay_us" in settings.model_fields_set or settings.tune == "off" or instances > 1
+        self._waits = max_rows > 1 and not given  # for those who were just answered
         self._soonest_us = NEVER_US  # no waiting request expires before this
         self._moves = settings.max_pending_rows  # refusals and departures since the last search for cancelled requests
         self._ran_us = 0  # when a run last ended
@@ -130,7 +132,7 @@ class Batcher:
         if not self._patient or group.rows >= group.tuner.cap:
             group.due_us = 0
         else:
-            group.due_us = min(group.due_us, self._due_us(request, group.tuner.delay_us))
+            group.due_us = min(group.due_us, due_us(request, group.tuner.delay_us))
         self.pending_requests += 1
         self.pending_rows += rows
 
@@ -144,7 +146,7 @@ class Batcher:
         while self._groups:
             if not self._patient and len(self._groups) == 1:
                 ((key, group),) = self._groups.items()
-                if only_full and group.rows < group.tuner.cap:
+                if (only_full and group.rows < group.tuner.cap) or now_us < self._awaited_us(group):
                     return None
             else:
                 due = [item for item in self._groups.items() if item[1].due_us <= now_us]
@@ -157,9 +159,9 @@ class Batcher:
             if not group.lanes:
                 del self._groups[key]
             else:
-                self._set_due(group)
+                group.set_due(patient=self._patient)
             if batch.requests:
-                batch.tuner = group.tuner
+                group.tuner.company.rows = 0
                 return batch
         return None
 
@@ -175,14 +177,16 @@ class Batcher:
         """Told what a run took, failed ones left out."""
         waited = batch.requests[0].arrived_us < self._ran_us  # for the run before
         gap_us = max(now_us - run_us - self._ran_us, 0) if waited else None
-        self._ran_us = now_us
-        self._tuner = tuner = batch.tuner
+        self._ran_us, tuner = now_us, batch.tuner
+        self._tuner = tuner
         tuner.ran(batch, run_us, gap_us)
+        if self._waits:
+            tuner.company.ran(batch, now_us, self.pending_rows, tuner.cost)
 
     def next_close_us(self) -> int | None:
         """When `try_close` should be asked again; None while nothing waits, 0 where a batch is ready."""
         if not self._patient:
-            return 0 if self._groups else None
+            return min(map(self._awaited_us, self._groups.values()), default=None)
         return min((group.due_us for group in self._groups.values()), default=None)
 
     def next_expiry_us(self) -> int | None:
@@ -196,7 +200,7 @@ class Batcher:
 
     def hurry(self) -> None:
         """Nothing waits for company any more: the model is about to stop."""
-        self._patient = False
+        self._patient = self._waits = False
         for group in self._groups.values():
             group.due_us = 0
 
@@ -216,7 +220,7 @@ class Batcher:
             self.pending_rows,
             len(self._groups),
             tuner.cap,
-            tuner.delay_us,
+            tuner.delay_us or tuner.company.delay_us,
             tuner.cost.typical_us(1),
             tuner.cost.typical_us(tuner.cap),
         )
@@ -254,15 +258,12 @@ class Batcher:
             max(late_us / 1e6, others_late_us / 1e6, _LEAST_RETRY_S),
         )
 
-    def _due_us(self, request: Request, delay_us: int) -> int:
-        """When the request has waited long enough for company: after the delay, or half of the time that it has."""
-        return min(request.arrived_us + delay_us, (request.arrived_us + request.expires_us) // 2)
-
-    def _set_due(self, group: Group) -> None:
-        if not self._patient or group.rows >= group.tuner.cap:
-            group.due_us = 0
-        else:
-            group.due_us = min([self._due_us(request, group.tuner.delay_us) for request in group])
+    def _awaited_us(self, group: Group) -> int:
+        """Until when a free engine waits for more rows of these; 0 where it does not."""
+        company = group.tuner.company
+        if group.rows >= min(company.rows, group.tuner.cap) or not self._waits or len(self._groups) > 1:
+            return 0
+        return company.until_us if self._soonest_us > company.leeway_us else 0
 
     def _take(self, group: Group, now_us: int) -> Batch:
         """Moves requests from the group into a batch, in order, until one does not fit. May return no request."""
@@ -367,7 +368,7 @@ class Batcher:
             if not group.lanes:
                 del self._groups[key]
             elif gone:
-                self._set_due(group)
+                group.set_due(patient=self._patient)
         self.pending_requests -= len(dropped)
         self.pending_rows -= sum([request.rows for request in dropped])
         if dropped:

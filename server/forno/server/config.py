@@ -39,7 +39,7 @@ class BatchingSettings(Settings):
     """Most rows of one run. Unset = 32 at most, and fewer where more rows make nothing faster."""
     max_delay_us: Annotated[int, Field(strict=True, ge=0, le=10_000_000)] = 0
     """Longest wait for company, in microseconds; 0 = a free engine never waits: requests group while it is
-    busy."""
+    busy. Unset = 0, but callers who were just answered and always ask again at once are waited for where that pays."""
     latency_target_ms: Annotated[int, Field(strict=True, ge=0, le=600_000)] = 0
     """Time from arrival to answer, in milliseconds, that batches are sized for while the engine keeps up; 0 = none:
     the rows that give the most answers a second. Refuses nothing: that is what a caller's deadline is for."""

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 _urgency = attrgetter("urgent_us")
 
 
+def due_us(request: Request, delay_us: int) -> int:
+    """When a request has waited long enough for company: after the delay, or half of the time that it has."""
+    return min(request.arrived_us + delay_us, (request.arrived_us + request.expires_us) // 2)
+
+
 class Lane:
     """Requests of one priority and equal row shapes. Owned by a Group.
 
@@ -105,6 +110,13 @@ class Group:
             lane.fifo.append(request)
         else:
             lane.add_timed(request)
+
+    def set_due(self, *, patient: bool) -> None:
+        """Finds anew when it should close, after some have left."""
+        if not patient or self.rows >= self.tuner.cap:
+            self.due_us = 0
+        else:
+            self.due_us = min([due_us(request, self.tuner.delay_us) for request in self])
 
     def turns(self, now_us: int) -> list[tuple[int, Lane]]:
         """The lanes in the order in which a batch is filled from them, with their priorities."""

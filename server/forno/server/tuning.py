@@ -13,6 +13,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
+from forno.server.company import Company
 from forno.server.cost import Cost
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Tuner:
         off = settings.tune == "off"
         self.cost = Cost(max_rows)
         self.cap = cap or max_rows  # of a batch behind which nothing waits, as `limit` has it
+        self.company = Company()
         self.delay_us = settings.max_delay_us if max_rows > 1 else 0
         self._best = self.cap  # the rows of the best rate known
         self._max_rows = max_rows
