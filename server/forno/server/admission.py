@@ -15,6 +15,21 @@ AHEAD = 9 / 8
 """Batches ahead are not all full, and one that must be closed early for a deadline costs those behind it more."""
 
 
+def surely_in_time(group: Group | None, request: Request, tuner: Tuner, starts_us: int) -> bool:
+    """Whether neither the request nor one that it may overtake could be late even if all that wait went before it.
+
+    A bound of what the functions below find out, which most requests pass; of one group that is all that waits.
+    """
+    answered_us = starts_us + tuner.cost.safe_us(max(tuner.cap, request.rows))
+    latest_us = request.answer_by_us
+    if group is not None:
+        answered_us += tuner.cost.drain_us(group.rows + request.rows, tuner.cap) * AHEAD
+        lane = group.lanes.get(request.priority)
+        if lane is not None and lane.timed:
+            latest_us = min(latest_us, lane.timed[-1].answer_by_us)
+    return answered_us <= latest_us
+
+
 def expected_us(
     groups: Iterable[Group], request: Request, tuner: Tuner, urgent_us: int, starts_us: int, instances: int
 ) -> float:

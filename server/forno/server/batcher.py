@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from forno.server.admission import expected_us, makes_late_us
+from forno.server.admission import expected_us, makes_late_us, surely_in_time
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
 from forno.server.filling import Filling
 from forno.server.request import NEVER_US, Batch, Request, callers
@@ -239,8 +239,10 @@ class Batcher:
         if expires_us <= now_us:
             self._refused("expired", 1)
             raise DeadlineExceeded("the deadline had passed when the request arrived; it did not run")
-        urgent_us = min(expires_us, now_us + self._promote_us)
         starts_us = max(now_us, self.free_us) + self.lag_us
+        if len(self._groups) <= 1 and surely_in_time(group, request, tuner, starts_us):
+            return
+        urgent_us = min(expires_us, now_us + self._promote_us)
         answered_us = expected_us(self._groups.values(), request, tuner, urgent_us, starts_us, self._instances)
         late_us, others_late_us = answered_us - request.answer_by_us, 0.0
         if late_us <= 0 and group is not None:
@@ -269,11 +271,11 @@ class Batcher:
         """Moves requests from the group into a batch, in order, until one does not fit. May return no request."""
         lanes, tuner = group.lanes, group.tuner
         limit = tuner.limit(group.rows)
+        starts_us = max(now_us, self.free_us) + self.lag_us
         if len(lanes) == 1:
             ((priority, lane),) = lanes.items()
-            if not lane.timed:
+            if not lane.timed or lane.has_time(starts_us + tuner.cost.safe_us(limit), limit):
                 return self._take_in_order(group, priority, lane, now_us, limit)
-        starts_us = max(now_us, self.free_us) + self.lag_us
         filling = Filling(tuner.cost, limit, group.rows, now_us, starts_us, trusting=not self._is_stale(now_us))
         for priority, lane in group.turns(now_us):
             filling.take(lane)
@@ -290,13 +292,12 @@ class Batcher:
         return Batch(requests, filling.rows, now_us, tuner, limit)
 
     def _take_in_order(self, group: Group, priority: int, lane: Lane, now_us: int, limit: int) -> Batch:
-        """The same where nobody has a deadline and all have one priority, which is the way of most batches."""
-        fifo = lane.fifo
+        """The same where all have one priority and time enough, which is the way of most batches."""
+        waiting = lane.timed or lane.fifo
         requests: list[Request] = []
         dropped: list[Request] = []
         rows = dropped_rows = 0
-        while fifo:
-            request = fifo[0]
+        for request in waiting:
             if request.future.done():
                 dropped.append(request)
                 dropped_rows += request.rows
@@ -305,9 +306,9 @@ class Batcher:
                 requests.append(request)
             else:
                 break
-            fifo.popleft()
+        lane.drop_first(len(requests) + len(dropped))
         lane.rows -= rows + dropped_rows
-        if not fifo:
+        if not waiting:
             del group.lanes[priority]
         self._left(group, len(requests) + len(dropped), rows + dropped_rows)
         self._moves += len(requests)

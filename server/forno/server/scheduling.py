@@ -74,6 +74,20 @@ class Lane:
         yield from self.timed
         yield from self.fifo
 
+    def has_time(self, ends_us: float, limit: int) -> bool:
+        """Whether all have a deadline, and none is urgent before a full run would end."""
+        return not self.fifo and self.timed[0].urgent_us > ends_us and self.timed[0].rows <= limit
+
+    def drop_first(self, count: int) -> None:
+        """Forgets so many, where only those with a deadline wait, or only those without. Leaves `rows` as it is."""
+        if self.timed:
+            del self.timed[:count]
+        elif count == len(self.fifo):
+            self.fifo.clear()
+        else:
+            for _ in range(count):
+                self.fifo.popleft()
+
     def keep(self, kept: list[Request]) -> None:
         """Forgets the requests that are not among these, which come as they were iterated."""
         self.timed = [each for each in kept if each.expires_us < NEVER_US]
