@@ -4,8 +4,8 @@ Each round starts every server anew, one at a time: time to its first right answ
 loop at each number of calls in flight, answers checked again, stopped. Rounds are interleaved, so that a
 drift of the machine meets all servers alike; the report has the median of the rounds and their range.
 
-Where the limit is what a server is compared with, a round is cut into windows of about two seconds in which limit and
-server take turns: the machine's speed moves by a tenth within seconds, and that has to meet both. A window in which
+Where the limit is what a server is compared with, a round is cut into windows of about four seconds in which limit and
+server take turns: the machine's speed moves by a tenth now and then, and that has to meet both. A window in which
 other processes took part is measured again, up to three times.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = {"tiny": (1, 16, 64), "resnet50": (1, 8)}
 BASE = {"tiny": "forno-grpc", "resnet50": "limit"}
-WINDOW_S = 2.0
+WINDOW_S = 4.0
 OTHERS_SHARE = 0.05
 TRIES = 3
 

@@ -47,6 +47,8 @@ _REVIEW_RUNS = 64
 _FIRST_FULL = 4
 _MOST_FULL = 1024
 """Full batches before a contest; doubled while contests change nothing."""
+_REST = 8
+"""And so many at least for each pair of the last one: what the worse size costs stays small while that is found out."""
 _NEWS = 1.5
 """What runs cost has changed by so much: contests become frequent again."""
 
@@ -73,6 +75,11 @@ class _Contest:
         self._turn_is_other = not self._turn_is_other
         return cap if self._turn_is_other else self.rows
 
+    @property
+    def pairs(self) -> int:
+        """Ratios so far."""
+        return len(self._ratios)
+
     def learn(self, limit: int, rate: float) -> None:
         """Takes in the rate of a full batch."""
         if limit == self.rows:
@@ -85,7 +92,7 @@ class _Contest:
 
     def other_wins(self) -> bool | None:
         """Whether the other size is better by what is needed; None while that is open."""
-        ratios, pairs = self._ratios, len(self._ratios)
+        ratios, pairs = self._ratios, self.pairs
         if pairs < _LEAST_PAIRS:
             return None
         mean = sum(ratios) / pairs
@@ -201,7 +208,7 @@ class Tuner:
             self.review()
         else:
             self._grows = not self._grows
-            self._every = min(self._every * 2, _MOST_FULL)
+            self._every = min(max(self._every * 2, _REST * contest.pairs), _MOST_FULL)
         self._full_left = self._every
 
     def _largest_in_target(self) -> int:
