@@ -112,6 +112,7 @@ class Secured:
         self.folder = folder
         self.authority, self.provider = Authority(), Provider()
         self.keys_file = folder / "keys.yaml"
+        self.alpha = Credential()  # what a test's own callers share
         self.rotate_certificate()
         (folder / "clients.pem").write_bytes(self.authority.certificate)
         (folder / "jwks.json").write_text(self.provider.jwks())

@@ -176,13 +176,14 @@ class Guard:
             bucket.take(now_us)
         return principal
 
-    def _look(self, now_us: int) -> None:
-        """Forgets who is who where a file has changed."""
+    def _look(self, now_us: int) -> bool:
+        """Forgets who is who where a file has changed; whether one has."""
         self._look_at_us = now_us + LOOK_US
         changed = [watched.refresh() for watched in (self._keys, self._tokens) if watched is not None]
         if any(changed):
             self._known.clear()
             self._epoch.over, self._epoch = True, Epoch()  # streams that go on ask anew at their next item
+        return any(changed)
 
     def _identify(self, credential: str, peer: str, now_us: int) -> Principal:
         self._known.pop(credential, None)
@@ -197,7 +198,12 @@ class Guard:
             if failures is not None:
                 failures.look(now_us)
             try:
-                principal = self._of_header(shown, door, now_us)
+                try:
+                    principal = self._of_header(shown, door, now_us)
+                except Unauthenticated:
+                    if not self._look(now_us):  # a new key is good at once
+                        raise
+                    principal = self._of_header(shown, door, now_us)
             except Unauthenticated:
                 if failures is not None:
                     failures.take(now_us)
