@@ -16,7 +16,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all soak check deploy-tools sanitize format proto bench install clean
+.PHONY: help run test test-all soak fuzz check deploy-tools sanitize format proto bench install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ endif
 format: $(STAMP)  ## put every file into the house's form
 	@$(BIN)/ruff check -q --fix-only .
 	@$(BIN)/ruff format -q .
+
+fuzz: $(STAMP)  ## 200,000 malformed inputs against a real server; the outcome into bench/results/fuzz.json
+	@PYTHONPATH=.:tools $(BIN)/python -m tests.e2e.fuzz 200000 bench/results/fuzz.json
 
 sanitize:  ## the native module's streams under address, undefined-behaviour and thread sanitizers
 	@bash tools/sanitize.sh

@@ -12,9 +12,11 @@ A `Client` may be shared by threads. Errors are a `RequestError`; `forno/client/
 from __future__ import annotations
 
 from forno.client._client import Client
+from forno.client._connect import Tls
 from forno.client._errors import (
     DeadlineExceeded,
     InvalidArgument,
+    NotAllowed,
     NotFound,
     Overloaded,
     RequestError,
@@ -29,6 +31,7 @@ __all__ = [
     "InvalidArgument",
     "Invocation",
     "ModelInfo",
+    "NotAllowed",
     "NotFound",
     "Overloaded",
     "Prediction",
@@ -36,5 +39,6 @@ __all__ = [
     "ServerError",
     "TensorInfo",
     "Timings",
+    "Tls",
     "Unavailable",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from google.api import httpbody_pb2
 from google.protobuf import json_format, struct_pb2
 
+from forno.client._connect import Tls, connect
 from forno.client._errors import InvalidArgument, from_rpc
 from forno.client._inputs import to_array
 from forno.client._values import Invocation, ModelInfo, Prediction, model_of, timings_of
@@ -29,12 +30,22 @@ class Client:
     Args:
         address: HOST:PORT of the server.
         timeout_s: How long a call may take, in seconds, where the call itself does not say; None = for ever.
+        credential: An API key or token to show at each call; empty = none. Without `tls` it travels in the clear.
+        tls: What to believe and show where the server speaks TLS; None = it does not.
     """
 
-    def __init__(self, address: str = "127.0.0.1:8080", *, timeout_s: float | None = 60.0) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8080",
+        *,
+        timeout_s: float | None = 60.0,
+        credential: str = "",
+        tls: Tls | None = None,
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, _OPTIONS)
+        self._metadata = (("authorization", f"Bearer {credential}"),) if credential else ()
+        self._channel = connect(address, tls, _OPTIONS)
         self._stub = predictor_pb2_grpc.PredictorStub(self._channel)
         self._known: dict[tuple[str, str, str], ModelInfo] = {}  # what lists of numbers are converted by
 
@@ -151,7 +162,8 @@ class Client:
 
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+            limit_s = self._timeout_s if timeout_s is None else timeout_s
+            return method(request, timeout=limit_s, metadata=self._metadata)
         except grpc.RpcError as error:
             self._known.clear()  # the model may have changed
             raise from_rpc(error, self.address) from None

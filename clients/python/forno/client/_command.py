@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import mimetypes
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forno.client._client import Client
+from forno.client._connect import Tls
 from forno.client._errors import InvalidArgument, RequestError
 from forno.client._inputs import random_array, to_array
 
@@ -38,6 +40,7 @@ examples:
   forno predict tiny --random --rows 8
   forno predict --endpoint spam/detect '{"text": "win cash"}'
   forno predict --endpoint digits/classify @digit.png
+  FORNO_CREDENTIAL=$(cat web.key) forno predict spam text="win cash" --ca-file ca.pem
 
 exit status: 0 answered, 1 the call failed, 2 the call could not be made of what was given"""
 _FAILED, _USAGE = 1, 2
@@ -52,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", default="127.0.0.1:8080", metavar="HOST:PORT", help="the server (default 127.0.0.1:8080)"
     )
+    parser.add_argument("--tls", action="store_true", help="the server speaks TLS")
+    parser.add_argument("--ca-file", metavar="FILE", help="authorities whose servers are believed, PEM; means --tls")
+    parser.add_argument("--certificate-file", metavar="FILE", help="a client certificate to show, PEM; means --tls")
+    parser.add_argument("--key-file", metavar="FILE", help="its private key, PEM")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--version", default="", metavar="VERSION", help="the version that answers")
     which.add_argument("--label", default="", metavar="LABEL", help="the label whose version answers")
@@ -62,10 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
+def _connect(arguments: argparse.Namespace) -> Client:
+    tls = None
+    if arguments.tls or arguments.ca_file or arguments.certificate_file:
+        tls = Tls(arguments.ca_file, arguments.certificate_file, arguments.key_file)
+    credential = os.environ.get("FORNO_CREDENTIAL", "")  # an argument would be seen by every process
+    return Client(arguments.address, timeout_s=arguments.timeout_s, credential=credential, tls=tls)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Makes the call and prints its answer."""
     try:
-        with Client(arguments.address, timeout_s=arguments.timeout_s) as client:
+        with _connect(arguments) as client:
             if arguments.endpoint:
                 _print_lines(_invoke(client, arguments))
             else:

@@ -2,6 +2,7 @@
 
     RequestError
      |- InvalidArgument     the request is wrong; the message says what to change
+     |- NotAllowed          no credential, not a valid one, or not one for this
      |- NotFound            no model, version, label or endpoint of that name
      |- Unavailable         no server there, or the model is not ready; trying again may help
      |- Overloaded          refused without having waited; try again after `retry_after_s`
@@ -39,6 +40,10 @@ class InvalidArgument(RequestError):
     """The request is wrong; the message says what was seen, what was expected, and for which input."""
 
 
+class NotAllowed(RequestError):
+    """The server asks for a credential, does not know this one, or does not let it use what the call names."""
+
+
 class NotFound(RequestError):
     """There is no model, version, label or endpoint of that name."""
 
@@ -69,6 +74,8 @@ class ServerError(RequestError):
 
 _KINDS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.UNAUTHENTICATED: NotAllowed,
+    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.FAILED_PRECONDITION: Unavailable,
