@@ -39,13 +39,14 @@ def test_the_walk_works(tmp_path):
                     if server:
                         server.terminate()
                         server.wait(20)
-                    server = subprocess.Popen(
-                        ["bash", "-c", f"exec {command} --address {target}"],
-                        cwd=tmp_path,
-                        env=variables,
-                        stdout=(tmp_path / "log").open("w"),
-                        stderr=subprocess.STDOUT,
-                    )
+                    with (tmp_path / "log").open("w") as log:
+                        server = subprocess.Popen(
+                            ["bash", "-c", f"exec {command} --address {target}"],
+                            cwd=tmp_path,
+                            env=variables,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                        )
                     end = time.monotonic() + 20
                     while "Forno serves" not in (tmp_path / "log").read_text():
                         assert time.monotonic() < end, (tmp_path / "log").read_text()
