@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     CountRpcs = Callable[[str, str, int], None]
 
+_UNREADABLE = "the request is not a message of the type that this method takes"
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -172,7 +173,8 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
                 else grpc.unary_unary_rpc_method_handler
             )
 
-        # Decoded here where it can be: grpc.aio answers UNKNOWN to what is no message, Envoy's host INTERNAL.
+        # grpc.aio answers UNKNOWN to what is no message, with a traceback in the log; Envoy's host INTERNAL. So unary
+        # requests are decoded here, and of a stream's we hear by an error of our own.
         decode = None if handler.request_streaming else handler.request_deserializer
 
         guard = self._guard
@@ -188,14 +190,16 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             try:
                 return decode(request) if decode else request
             except Exception as error:  # noqa: BLE001  (whatever the parser raised)
-                text = f"the request is not a message of the type that this method takes: {error}"
-                await context.abort(grpc.StatusCode.INTERNAL, text)
+                await context.abort(grpc.StatusCode.INTERNAL, f"{_UNREADABLE}: {error}")
 
         async def call(request: Any, context: Any) -> Any:
             name = ""
             try:
                 await admit(context)
                 return await behavior(await decoded(request, context), context)
+            except _UnreadableError as error:
+                name = "INTERNAL"
+                await context.abort(grpc.StatusCode.INTERNAL, str(error))
             except BaseException as error:
                 name = _error_name(error, context)
                 raise
@@ -208,6 +212,9 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
                 await admit(context)
                 async for response in behavior(await decoded(request, context), context):
                     yield response
+            except _UnreadableError as error:
+                name = "INTERNAL"
+                await context.abort(grpc.StatusCode.INTERNAL, str(error))
             except BaseException as error:
                 name = _error_name(error, context)
                 raise
@@ -216,7 +223,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
 
         return make(
             generate if inspect.isasyncgenfunction(behavior) else call,
-            None if decode else handler.request_deserializer,
+            _reader(handler.request_deserializer) if handler.request_streaming else None,
             handler.response_serializer,
         )
 
@@ -231,6 +238,24 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             extra += f"{NAMES}\0" + "\n".join(names) + "\0"
         credential = credential_of(context.invocation_metadata() or (), trusted=self._behind_envoy, extra=extra)
         return guard.admit(need, credential, context.peer())
+
+
+class _UnreadableError(Exception):
+    """An item of a request stream is no message."""
+
+
+def _reader(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """The deserializer of a request stream's items; raises `_UnreadableError` through whoever reads them."""
+    if decode is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except Exception as error:
+            raise _UnreadableError(f"{_UNREADABLE}: {error}") from error
+
+    return read
 
 
 def _status_name(context: Any) -> str:
