@@ -23,7 +23,7 @@ inline size_t below(Random& random, size_t end) { return random() % end; }
 
 // What the client does, and what has to come back.
 struct Plan {
-  bool unary = false;
+  bool unary = false, http = false;
   std::string body;            // all bytes that the client sends
   std::string expected;        // all bytes that come back
   std::string status = "0";
@@ -52,7 +52,37 @@ inline std::string random_item(Random& random) {
   return below(random, 8) ? item : item.substr(1);
 }
 
+// A REST call: a body of numbers, or of anything, comes back as it is.
+inline Plan make_http_plan(Random& random) {
+  Plan plan;
+  plan.http = true;
+  plan.path = "/v1/echo";
+  plan.status = "200";
+  plan.goes_away = below(random, 4) == 0;
+  plan.trailers = below(random, 8) == 0;
+  if (below(random, 4)) {
+    const size_t rows = 1 + below(random, 40), columns = 1 + below(random, 9);
+    plan.body = R"({"instances": [)";
+    for (size_t row = 0; row < rows; row++) {
+      plan.body += row ? ",[" : "[";
+      for (size_t i = 0; i < columns; i++) plan.body += (i ? ", " : "") + std::to_string(random() % 20000 / 7.0 - 1000);
+      plan.body += "]";
+    }
+    plan.body += "]}";
+  } else {
+    plan.body = random_bytes(random, below(random, kMaxMessageBytes));
+  }
+  plan.expected = plan.body;
+  if (below(random, 16) == 0) plan.body.resize(kMaxMessageBytes + 1 + below(random, 2000), ' ');
+  if (plan.body.size() > kMaxMessageBytes) {
+    plan.status = "413";
+    plan.expected.clear();
+  }
+  return plan;
+}
+
 inline Plan make_plan(Random& random) {
+  if (below(random, 4) == 0) return make_http_plan(random);
   Plan plan;
   plan.unary = below(random, 2);
   plan.items = !plan.unary && below(random, 2);

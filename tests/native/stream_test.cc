@@ -121,6 +121,10 @@ void Worker::open() {
   filter->plan = make_plan(random);
   filter->state = new StreamPtr(std::make_shared<Stream>(inbox()));
   filter->headers = {{":path", filter->plan.path}, {":method", "POST"}, {"content-type", "application/grpc"}, {"x-a", "1"}};
+  if (filter->plan.http) {
+    filter->headers[2].second = "application/json";
+    if (below(random, 2)) filter->headers.emplace_back("content-length", std::to_string(filter->plan.body.size()));
+  }
   if (!filter->plan.timeout.empty()) filter->headers.emplace_back("grpc-timeout", filter->plan.timeout);
   filters_[filter.get()] = filter;
 }
@@ -179,7 +183,7 @@ void Worker::finish(Filter& filter) {
   if (filter.plan.items && filter.status == "0") {
     CHECK(messages_of(filter.answer) == messages_of(filter.plan.expected));
   } else {
-    CHECK(filter.status != "0" || filter.answer == filter.plan.expected);
+    CHECK((filter.status != "0" && filter.status != "200") || filter.answer == filter.plan.expected);
   }
   answers_checked++;
   destroy(filter);
@@ -213,7 +217,8 @@ class Loop {
       CHECK(event.stream->metadata == std::string("x-a\0001\0", 6));
       Call& call = calls_[event.stream.get()];
       call.stream = event.stream;
-      call.unary = event.stream->method == 0;
+      call.unary = event.stream->method == 0 || event.stream->http;
+      if (event.stream->http) check_split(event.message);
       if (call.unary) call.messages.emplace_back(event.message.view());
       return;
     }
@@ -270,6 +275,20 @@ class Loop {
     }
   }
 
+  // A body of numbers is split, and its numbers are those that are written in it.
+  void check_split(const Message& message) {
+    const std::string body(message.view());
+    CHECK((message.json != nullptr) == (body.compare(0, 4, R"({"in)") == 0));
+    if (!message.json) return;
+    CHECK(message.json->counts().size() == 1 && message.json->counts()[0] == message.json->numbers().size());
+    size_t at = body.find('[') + 1;
+    for (const double number : message.json->numbers()) {
+      at = body.find_first_of("-0123456789", at);
+      CHECK(strtod(body.c_str() + at, nullptr) == number);
+      at = body.find_first_of(",]", at);
+    }
+  }
+
   // One message in pieces, as an answer is given.
   void reply(Stream& stream, std::string_view message) {
     const size_t cut = below(random_, message.size() + 1);
@@ -283,6 +302,12 @@ class Loop {
   bool work(Call& call) {
     if (below(random_, 3) == 0) return true;
     if (call.cancelled) return below(random_, 2);  // a handler may take its time, and still try to answer
+    if (call.stream->http) {
+      std::vector<Part> response;
+      response.push_back({Part::kResponse, {{":status", "200"}}, call.messages.front()});
+      call.stream->send(std::move(response));
+      return false;
+    }
     if (call.unary) {
       reply(*call.stream, call.messages.front());
       return false;
@@ -327,7 +352,7 @@ Filter& filter_of(void* filter) { return *static_cast<Filter*>(filter); }
 
 void take_headers(Filter& filter, Header* headers, size_t count) {
   for (size_t i = 0; i < count; i++) {
-    if (std::string_view(headers[i].key, headers[i].key_size) == "grpc-status") {
+    if (std::string_view(headers[i].key, headers[i].key_size) == (filter.plan.http ? ":status" : "grpc-status")) {
       CHECK(filter.status.empty());
       filter.status.assign(headers[i].value, headers[i].value_size);
     }
@@ -379,7 +404,17 @@ bool envoy_dynamic_module_callback_http_drain_body(void* filter, int type, size_
 
 void envoy_dynamic_module_callback_http_set_buffer_limit(void*, uint64_t bytes) { CHECK(bytes == kMaxInboxBytes); }
 
-void envoy_dynamic_module_callback_http_send_response(void*, uint32_t, Header*, size_t, Buffer, Buffer) { CHECK(false); }
+void* envoy_dynamic_module_callback_get_most_specific_route_config(void* filter) {
+  static std::string method = "http:/echo";
+  return filter_of(filter).plan.http ? &method : nullptr;
+}
+
+void envoy_dynamic_module_callback_http_send_response(void* at, uint32_t status, Header*, size_t, Buffer, Buffer) {
+  Filter& filter = filter_of(at);
+  CHECK(filter.plan.http && filter.state && !filter.answer_ended && !filter.headers_answered);
+  filter.status = std::to_string(status);
+  end_answer(filter);
+}
 
 void envoy_dynamic_module_callback_http_send_response_headers(void* at, Header* headers, size_t count, bool end) {
   Filter& filter = filter_of(at);
@@ -391,8 +426,9 @@ void envoy_dynamic_module_callback_http_send_response_headers(void* at, Header* 
 
 void envoy_dynamic_module_callback_http_send_response_data(void* at, Buffer data, bool end) {
   Filter& filter = filter_of(at);
-  CHECK(filter.state && filter.headers_answered && !filter.answer_ended && !end);
+  CHECK(filter.state && filter.headers_answered && !filter.answer_ended && end == filter.plan.http);
   filter.answer.append(data.data, data.size);
+  if (end) return end_answer(filter);
   Random& random = filter.worker->random;
   const StreamPtr stream = *filter.state;
   if (below(random, 8) == 0) {  // Envoy says so in the middle of its own writing
@@ -429,7 +465,7 @@ int main(int argc, char** argv) {
   const Layout layout{1, 2, 3, 2, 4, 0, 0, 0};
   Layout item_layout = layout;
   item_layout.item_request = 6;
-  methods.by_path = {{"/unary", {0, false, layout}}, {"/stream", {1, true}}, {"/items", {2, true, item_layout}}};
+  methods.by_path = {{"/unary", {0, false, layout}}, {"/stream", {1, true}}, {"/items", {2, true, item_layout}}, {"http:/echo", {3, false, layout}}};
   methods.max_items = kMaxItems;
   methods.max_message_bytes = kMaxMessageBytes;
   methods.max_inbox_bytes = kMaxInboxBytes;

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -411,6 +411,7 @@ class TestNothingBreaksTheReader:
 
     @settings(max_examples=300, deadline=None)
     @given(st.text("[]019.,-e ", max_size=24))
+    @example("[[[[[[")
     def test_the_accelerator_agrees_with_the_plain_reader(self, text):
         body = b'{"instances":[' + text.encode() + b'],"model":"m"}'
         outcomes = []

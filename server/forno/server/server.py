@@ -23,6 +23,7 @@ from forno.server.security import guard
 from forno.server.servicers import tracing
 from forno.server.servicers.health import HealthServicer
 from forno.server.servicers.hot import ITEM_LAYOUT, LAYOUT, HotPredict
+from forno.server.servicers.hot_rest import HotRest
 from forno.server.servicers.predictor import PredictorServicer
 from forno.server.servicers.rest import RestServicer
 from forno.server.telemetry import Telemetry
@@ -146,6 +147,8 @@ class Server:
             add_hot_handler(f"/{SERVICE}/Predict", hot, LAYOUT)
             add_hot_handler(f"/{SERVICE}/PredictStream", hot, ITEM_LAYOUT)
         rest_pb2_grpc.add_RestServicer_to_server(rest, host.grpc)
+        if add_http_handler := getattr(host.grpc, "add_http_handler", None):
+            add_http_handler(f"/{REST_SERVICE}/Predict", HotRest(self.registry, clock_us), hot=not telemetry)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
         names = (SERVICE, REST_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         describer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]

@@ -26,13 +26,16 @@ from forno.server.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
     Form = Literal["rows", "columns", "native"]
 
 _TOP = (
     *("instances", "inputs", "outputs", "model", "version", "label"),
     *("request_id", "parameters", "signature_name"),
 )
-_PARAMETERS = ("priority", "queue_timeout_ms")
+_PARAMETERS = ("priority", "queue_timeout_ms", "timeout_ms")
 _MAX_PRIORITY = 100
 _MAX_TIMEOUT_MS = 86_400_000
 _MAX_ID_CHARACTERS = 128
@@ -50,8 +53,9 @@ class Body:
     outputs: tuple[str, ...] = ()
     request_id: str = ""
     priority: int = 0
-    queue_timeout_us: int | None = None
-    runs: Sequence[bytes] = field(default=(), repr=False)  # lifted out of the content, see json_numbers.py
+    queue_timeout_us: int | None = None  # longest wait in the queue
+    timeout_us: int | None = None  # when the answer is of no use
+    runs: Sequence[bytes | Array] = field(default=(), repr=False)  # lifted out of the content, see json_numbers.py
     text: bytes = field(default=b"", repr=False)  # of the whole body, where runs are lifted out of it
 
     def is_run(self, value: object) -> bool:
@@ -81,7 +85,7 @@ def parse_plainly(text: bytes) -> Body:
     return of_value(json_document.parse(text))
 
 
-def of_value(value: Any, runs: Sequence[bytes] = (), text: bytes = b"") -> Body:
+def of_value(value: Any, runs: Sequence[bytes | Array] = (), text: bytes = b"") -> Body:
     """The request that an already parsed body stands for.
 
     Raises:
@@ -95,7 +99,7 @@ def of_value(value: Any, runs: Sequence[bytes] = (), text: bytes = b"") -> Body:
     if value.get("signature_name", "serving_default") != "serving_default":
         seen = show(value["signature_name"])
         raise wrong("signature_name", f'is {seen}, but models here have one signature, "serving_default"')
-    priority, queue_timeout_us = _parameters(value.get("parameters", {}))
+    priority, queue_timeout_us, timeout_us = _parameters(value.get("parameters", {}))
     body = Body(
         form="rows",
         content=value["instances"] if "instances" in value else value["inputs"],
@@ -106,6 +110,7 @@ def of_value(value: Any, runs: Sequence[bytes] = (), text: bytes = b"") -> Body:
         request_id=_string(value, "request_id"),
         priority=priority,
         queue_timeout_us=queue_timeout_us,
+        timeout_us=timeout_us,
         runs=runs,
         text=text,
     )
@@ -145,17 +150,22 @@ def _names(names: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parameters(values: object) -> tuple[int, int | None]:
+def _parameters(values: object) -> tuple[int, int | None, int | None]:
     if not isinstance(values, dict):
         raise wrong("parameters", f"is {show(values)}, expected an object")
     json_document.refuse_unknown(values, _PARAMETERS, "parameters")
-    priority, timeout_ms = values.get("priority", 0), values.get("queue_timeout_ms")
+    priority = values.get("priority", 0)
     if type(priority) is not int or abs(priority) > _MAX_PRIORITY:
         seen = show(priority)
         raise wrong("parameters.priority", f"is {seen}, expected -{_MAX_PRIORITY} to {_MAX_PRIORITY}, whole")
-    if timeout_ms is None:
-        return priority, None
-    if type(timeout_ms) not in (int, float) or not 0 < timeout_ms <= _MAX_TIMEOUT_MS:
-        seen = show(timeout_ms)
-        raise wrong("parameters.queue_timeout_ms", f"is {seen}, expected over 0, at most {_MAX_TIMEOUT_MS}")
-    return priority, int(timeout_ms * 1000)
+    return priority, _microseconds(values, "queue_timeout_ms"), _microseconds(values, "timeout_ms")
+
+
+def _microseconds(values: Mapping[str, Any], key: str) -> int | None:
+    milliseconds = values.get(key)
+    if milliseconds is None:
+        return None
+    if type(milliseconds) not in (int, float) or not 0 < milliseconds <= _MAX_TIMEOUT_MS:
+        seen = show(milliseconds)
+        raise wrong(f"parameters.{key}", f"is {seen}, expected over 0, at most {_MAX_TIMEOUT_MS}")
+    return int(milliseconds * 1000)

@@ -34,6 +34,8 @@ _MIN_BYTES = 4096  # shorter runs are read as fast by the plain reader
 _KEPT_BYTES = 4 * 1024 * 1024
 _MAX_RANK = 32
 _EMPTY = re.compile(rb"\[\s*\]")
+_MAX_EXACT = 2**53 - 1  # larger doubles may stand for several integers
+_WIDE_ENOUGH = (np.dtype(np.float32), np.dtype(np.float64))
 _NUMBER_BYTES = b"0123456789.eE+- \t\r\n"
 
 
@@ -69,16 +71,20 @@ def lift(body: bytes) -> tuple[bytes, list[bytes]]:
     return (b'"'.join(parts), runs) if runs else (body, runs)
 
 
-def read(run: bytes, dtype: np.dtype[Any]) -> Array:
-    """The array that a run stands for.
+def read(run: bytes | Array, dtype: np.dtype[Any]) -> Array:
+    """The array that a run stands for. Of one that has been read already only the shape counts.
 
     Raises:
         Unliftable: It is not a full array of numbers that fit the element type.
     """
+    kind = "d" if dtype.kind in "fV" else "u" if dtype == np.uint64 else "i" if dtype.kind in "iu" else ""
+    if not kind:
+        raise Unliftable
+    if not isinstance(run, bytes):
+        return np.broadcast_to(np.zeros((), dtype), run.shape)
     brackets = run.translate(None, _NUMBER_BYTES)
     shape = _shape(brackets)
-    kind = "d" if dtype.kind in "fV" else "u" if dtype == np.uint64 else "i" if dtype.kind in "iu" else ""
-    if not kind or brackets != _brackets(shape):
+    if brackets != _brackets(shape):
         raise Unliftable
     try:
         parser = _parser if len(run) <= _KEPT_BYTES else simdjson.Parser()
@@ -98,14 +104,37 @@ def read(run: bytes, dtype: np.dtype[Any]) -> Array:
     return flat.astype(dtype, copy=False)
 
 
+def of_doubles(doubles: Array, dtype: np.dtype[Any]) -> Array:
+    """Numbers, none of them larger than 3e38, as an element type.
+
+    Raises:
+        Unliftable: One does not fit, or may not have been a double.
+    """
+    if dtype in _WIDE_ENOUGH:
+        return doubles.astype(dtype)
+    if dtype.kind in "fV":
+        array = doubles_to(doubles, dtype)
+        if not np.isfinite(array).all():
+            raise Unliftable
+        return array
+    limits = np.iinfo(dtype)
+    low, high = max(limits.min, -_MAX_EXACT), min(limits.max, _MAX_EXACT)
+    if not (low <= doubles.min() and doubles.max() <= high and (doubles == np.trunc(doubles)).all()):
+        raise Unliftable
+    return doubles.astype(dtype)
+
+
 def _shape(brackets: bytes) -> tuple[int, ...]:
     """The only shape that can have these brackets: how often each level's list fits before it closes."""
     rank = len(brackets) - len(brackets.lstrip(b"["))
     if not 0 < rank <= _MAX_RANK:
         raise Unliftable
-    shape = [brackets.find(b"]") - rank + 1]
-    unit = shape[0] + 1  # bytes of one list of the level: its brackets, its items and the commas between them
+    count = brackets.find(b"]") - rank + 1
+    shape = [count]
+    unit = count + 1  # bytes of one list of the level: its brackets, its items and the commas between them
     for depth in range(1, rank):
+        if count < 1:  # something closes too soon, or never
+            break
         close = brackets.find(b"]" * (depth + 1))
         inside = close + depth - (rank - depth)  # of the level's first list, without its own brackets
         count = (inside + 1) // (unit + 1)

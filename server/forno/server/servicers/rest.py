@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from google.api.httpbody_pb2 import HttpBody
@@ -10,15 +12,15 @@ from forno.server.clock import clock_us
 from forno.server.endpoints import Payload, call, json_body, json_inputs, json_outputs
 from forno.server.endpoints.json_values import Place
 from forno.server.endpoints.payload import UNTOLD, is_json
-from forno.server.errors import InvalidArgument, NotReady
+from forno.server.errors import DeadlineExceeded, InvalidArgument, NotReady
 from forno.server.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from forno.server.model import ModelState
 from forno.server.request import NEVER_US
 from forno.server.servicers import status
-from forno.v1 import rest_pb2_grpc
+from forno.v1 import rest_pb2, rest_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     import grpc
     import numpy as np
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
     from forno.server.metrics import Metrics
     from forno.server.model import Model
     from forno.server.registry import Registry
-    from forno.v1 import rest_pb2
 
     Array = np.ndarray[Any, np.dtype[Any]]
     Context = grpc.aio.ServicerContext[Any, Any]
 
 _SELECTORS = ("model", "version", "label")
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+"""Header in which a REST caller says how long it waits; `grpc-timeout` is understood as well."""
+_MAX_TIMEOUT_DIGITS = 9
 
 
 class RestServicer(rest_pb2_grpc.RestServicer):
@@ -62,7 +67,9 @@ class RestServicer(rest_pb2_grpc.RestServicer):
         """Runs a model on a JSON body, or on the raw bytes of its only input."""
         try:
             status.refuse_path_variables_in_query(context, _SELECTORS)
-            return await self._predict(request, self._expiry_us(context.time_remaining()))
+            timeout_us = _timeout_us(context)
+            async with _late_after(timeout_us):
+                return await self._predict(request, self._expiry_us(context, timeout_us))
         except Exception as error:  # noqa: BLE001  (the table knows every error)
             await status.abort(context, error)
 
@@ -72,7 +79,9 @@ class RestServicer(rest_pb2_grpc.RestServicer):
             status.refuse_path_variables_in_query(context, ("endpoint",))
             endpoint = status.find_endpoint(self._endpoints, request.endpoint)
             payload = Payload(content_type=request.body.content_type, data=request.body.data)
-            reply = await endpoint.invoke(payload, expires_us=self._expiry_us(context.time_remaining()))
+            timeout_us = _timeout_us(context)
+            async with _late_after(timeout_us):
+                reply = await endpoint.invoke(payload, expires_us=self._expiry_us(context, timeout_us))
             return _json(reply.value)
         except Exception as error:  # noqa: BLE001  (the table knows every error)
             await status.abort(context, error)
@@ -114,7 +123,7 @@ class RestServicer(rest_pb2_grpc.RestServicer):
             arrays = _raw_input(model, request.body.data)
         elif media_type in UNTOLD or is_json(media_type):
             body = json_body.parse(request.body.data)
-            model = self._registry.get(*_selected(request, body))
+            model = self._registry.get(*selected(request, body))
             model.signature.output_indexes(body.outputs)  # so that a wrong name costs no run
             arrays = json_inputs.tensors_of(body, model.signature)
         else:
@@ -123,25 +132,50 @@ class RestServicer(rest_pb2_grpc.RestServicer):
                 "or application/octet-stream with the raw bytes of a model's only input",
                 "content-type",
             )
+        now_us = self._clock_us()
+        if body.timeout_us is not None:
+            expires_us = min(expires_us, now_us + body.timeout_us)
         deadline_us = expires_us
         if body.queue_timeout_us is not None:
-            expires_us = min(expires_us, self._clock_us() + body.queue_timeout_us)
-        answer = await call(model, arrays, expires_us=expires_us, priority=body.priority, deadline_us=deadline_us)
+            expires_us = min(expires_us, now_us + body.queue_timeout_us)
+        async with _late_after(body.timeout_us):
+            answer = await call(model, arrays, expires_us=expires_us, priority=body.priority, deadline_us=deadline_us)
         value = json_outputs.document(
             body,
             answer,
             model.signature,
-            rows=next((len(array) for array in arrays.values() if array.ndim), 1),
+            rows=rows_of(arrays),
             model=model.name,
             version=model.version,
         )
         return _json(value)
 
-    def _expiry_us(self, remaining_s: float | None) -> int:
-        return NEVER_US if remaining_s is None else self._clock_us() + int(remaining_s * 1e6)
+    def _expiry_us(self, context: Context, timeout_us: int | None) -> int:
+        remaining_s = context.time_remaining()
+        remaining_us = [timeout_us] if timeout_us is not None else []
+        if remaining_s is not None:
+            remaining_us.append(int(remaining_s * 1e6))
+        return self._clock_us() + min(remaining_us) if remaining_us else NEVER_US
 
 
-def _selected(request: rest_pb2.RestPredictRequest, body: Body) -> tuple[str, str, str]:
+def request_of(path: str, content_type: str, data: bytes) -> rest_pb2.RestPredictRequest:
+    """The request that the transcoder would make of a call, by the paths of rest.proto."""
+    words = path.removesuffix(":predict").split("/")[2:]  # of /v1/models/NAME/versions/VERSION:predict
+    chosen = dict(zip(words[::2], words[1::2], strict=False))  # of /v1/predict nothing
+    return rest_pb2.RestPredictRequest(
+        model=chosen.get("models"),
+        version=chosen.get("versions"),
+        label=chosen.get("labels"),
+        body=HttpBody(content_type=content_type, data=data),
+    )
+
+
+def rows_of(arrays: Mapping[str, Array]) -> int:
+    """Instances of a request in rows."""
+    return next((len(array) for array in arrays.values() if array.ndim), 1)
+
+
+def selected(request: rest_pb2.RestPredictRequest, body: Body) -> tuple[str, str, str]:
     """Model, version and label, of which path and body may each say something, but not different things."""
     chosen = {}
     for key in _SELECTORS:
@@ -154,6 +188,39 @@ def _selected(request: rest_pb2.RestPredictRequest, body: Body) -> tuple[str, st
     if chosen["version"] and chosen["label"]:
         raise json_body.wrong("label", f"is '{chosen['label'][:200]}' beside a version, expected one of them")
     return chosen["model"], chosen["version"], chosen["label"]
+
+
+def _timeout_us(context: Context) -> int | None:
+    """How long the caller says in a header that it waits.
+
+    Raises:
+        InvalidArgument: It says so in another way than whole milliseconds.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == TIMEOUT_HEADER:
+            text = value if isinstance(value, str) else value.decode(errors="replace")
+            if not (text.isascii() and text.isdigit() and len(text) <= _MAX_TIMEOUT_DIGITS and int(text)):
+                raise InvalidArgument(
+                    f"the header {TIMEOUT_HEADER} is '{text[:100]}', expected whole milliseconds, "
+                    f"1 to {10**_MAX_TIMEOUT_DIGITS - 1}",
+                    TIMEOUT_HEADER,
+                )
+            return int(text) * 1000
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _late_after(timeout_us: int | None) -> AsyncIterator[None]:
+    """Ends what takes longer. Envoy keeps the deadlines that it knows of, and these it does not.
+
+    Raises:
+        DeadlineExceeded: It took longer.
+    """
+    try:
+        async with asyncio.timeout(None if timeout_us is None else timeout_us / 1e6):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline has passed") from None
 
 
 def _raw_input(model: Model, data: bytes) -> dict[str, Array]:

@@ -13,12 +13,20 @@ Layout = tuple[int, int, int, int, int, int, int, int]
 NO_LAYOUT: Layout = (0, 0, 0, 0, 0, 0, 0, 0)
 """Requests are not split."""
 
+JSON_LAYOUT: Layout = (1, 0, 0, 0, 0, 0, 0, 0)
+"""Requests are JSON bodies, and split as such (native/json_split.h)."""
+
+JsonSplit = tuple[bytes, tuple[int, ...], bytes]
+"""Of a split JSON body: key, how many numbers are in each array, and the numbers as the bytes of doubles."""
+
 
 class Call(Protocol):
     """One gRPC call that Envoy carries. Event loop only. Dropping it without a status ends the call with INTERNAL."""
 
     method: int
     deadline_us: int
+    path: str
+    content_type: str  # of an HTTP call
     peer: str
     credential: str
     gone: bool
@@ -30,6 +38,9 @@ class Call(Protocol):
 
     def reply(self, data: bytes, /) -> bool:
         """Answers a unary call with success; False, and nothing sent, where the message would be too large."""
+
+    def respond(self, code: int, headers: Sequence[tuple[str, str]], body: bytes, /) -> None:
+        """Answers an HTTP call with the HTTP status that stands for a gRPC code, and a JSON body."""
 
     def send_headers(self, pairs: Sequence[tuple[str, str]], /) -> None:
         """Sends initial metadata."""
@@ -92,7 +103,7 @@ class Reply(Protocol):
 
 Event = tuple[int, Any, Any, Any]
 """Kind, call, message or None, whether that is compressed. Or HOT, method, key, Replies. Or CANCEL, method, None, False
-for a call that was on the short way."""
+for a call that was on the short way. Or HTTP, call, body, and a JsonSplit or None."""
 
 
 class Native(Protocol):
@@ -106,6 +117,7 @@ class Native(Protocol):
     STOP: int
     ITEMS_DONE: int
     HOT: int
+    HTTP: int
 
     def serve(
         self,

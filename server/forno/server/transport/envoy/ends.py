@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 TYPES = "type.googleapis.com/envoy"
+STRING = "type.googleapis.com/google.protobuf.StringValue"
 MODULE = Path(__file__).parent / "_native.so"
+HTTP_PREFIX = "http:"
+"""Before the name of a method, where it takes REST calls as they come."""
+HTTP_ROUTES = {
+    "/forno.v1.Rest/Predict": r"/v1/(predict|models/[\w.-]+(/(versions|labels)/[\w.-]+)?:predict)",
+}
+"""Methods whose REST calls need no transcoder, and their paths; one with a query or an escape takes the usual way."""
 MAX_STREAM_S = 3600
 """Longest deadline that is kept for a caller."""
 
@@ -42,19 +49,17 @@ class ModuleEnd:
             "name": "forno",
             "typed_config": {
                 "@type": f"{TYPES}.extensions.filters.http.dynamic_modules.v3.DynamicModuleFilter",
-                "dynamic_module_config": {"module": {"local": {"filename": str(MODULE)}}, "do_not_close": True},
+                "dynamic_module_config": _module(),
                 "filter_name": "forno",
-                "filter_config": {
-                    "@type": "type.googleapis.com/google.protobuf.StringValue",
-                    "value": f"{self.function}\n{self.argument}",
-                },
+                "filter_config": {"@type": STRING, "value": f"{self.function}\n{self.argument}"},
                 "terminal_filter": True,
             },
         }
 
     def routes(self) -> list[dict[str, Any]]:
-        """One for everything: the module itself refuses what it does not know."""
-        return [{"match": {"prefix": "/"}, "route": route("servicers")}]
+        """Those past the transcoder, and one for all else: the module itself refuses what it does not know."""
+        past = [_http_route(method, path) for method, path in HTTP_ROUTES.items()]
+        return [*past, {"match": {"prefix": "/"}, "route": route("servicers")}]
 
     def clusters(self) -> list[dict[str, Any]]:
         """None."""
@@ -89,6 +94,31 @@ def route(cluster: str) -> dict[str, Any]:
         "cluster": cluster,
         "timeout": "0s",
         "max_stream_duration": {"grpc_timeout_header_max": f"{MAX_STREAM_S}s"},
+    }
+
+
+def _module() -> dict[str, Any]:
+    return {"module": {"local": {"filename": str(MODULE)}}, "do_not_close": True}
+
+
+def _http_route(method: str, path: str) -> dict[str, Any]:
+    """Past the transcoder, to a method of the module's that takes the call as it is."""
+    headers = [
+        {"name": ":method", "string_match": {"exact": "POST"}},
+        {"name": ":path", "string_match": {"safe_regex": {"regex": path}}},
+        {**is_grpc(), "invert_match": True},
+    ]
+    module = {
+        "@type": f"{TYPES}.extensions.filters.http.dynamic_modules.v3.DynamicModuleFilterPerRoute",
+        "dynamic_module_config": _module(),
+        "filter_name": "forno",
+        "filter_config": {"@type": STRING, "value": HTTP_PREFIX + method},
+    }
+    without = {"@type": f"{TYPES}.config.route.v3.FilterConfig", "disabled": True}
+    return {
+        "match": {"prefix": "/v1/", "headers": headers},
+        "route": route("servicers"),
+        "typed_per_filter_config": {"rest": without, "forno": module},
     }
 
 

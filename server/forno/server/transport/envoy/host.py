@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -20,17 +20,18 @@ from forno.server import turn
 from forno.server.errors import FornoError
 from forno.server.security import access
 from forno.server.servicers import status
-from forno.server.transport.envoy import compression
-from forno.server.transport.envoy.calls import NO_LAYOUT
+from forno.server.transport.envoy import compression, http
+from forno.server.transport.envoy.calls import JSON_LAYOUT, NO_LAYOUT
 from forno.server.transport.envoy.context import Aborted, Context, encode_details, too_large
+from forno.server.transport.envoy.ends import HTTP_PREFIX
 from forno.server.transport.envoy.metadata import to_wire
+from forno.server.transport.envoy.methods import Method, Running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from forno.server.security.access import Principal
     from forno.server.security.guard import Guard
-    from forno.server.transport.envoy.calls import Call, Layout, Native, Reply
+    from forno.server.transport.envoy.calls import Call, JsonSplit, Layout, Native, Reply
     from forno.server.transport.envoy.hot import HotHandler, Status
     from forno.server.transport.envoy.metadata import MetadataPair
 
@@ -46,21 +47,6 @@ MAX_INBOX_BYTES = 4 * 1024 * 1024
 MAX_ITEMS = 256
 """Items of one stream that may be on the short way at once; the others wait, and the stream is not read further."""
 _DRAIN_POLL_S = 0.01
-
-
-@dataclass(slots=True)
-class Method:
-    """One registered RPC."""
-
-    path: str
-    handler: Any  # grpc.RpcMethodHandler
-    decode: Callable[[bytes], Any]
-    encode: Callable[[Any], bytes]
-    behavior: Callable[..., Any]
-    generator: bool  # an async generator function, rather than a coroutine that writes
-    need: str | None = None  # what the guard asks of its callers; None = nothing
-    hot: HotHandler | None = None  # its short way
-    layout: Layout = NO_LAYOUT
 
 
 class EnvoyHost:
@@ -80,7 +66,7 @@ class EnvoyHost:
         self.count_rpcs = count_rpcs
         self._guard = guard
         self._methods: list[Method] = []
-        self._live: dict[Call, _Running] = {}  # but those on the short way, which the module knows
+        self.live: dict[Call, Running | http.HttpReply] = {}  # but those on the short way, which the module knows
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._draining = False
@@ -134,21 +120,36 @@ class EnvoyHost:
         methods = {method.path: method for method in self._methods}
         methods[path].hot, methods[path].layout = handler, layout
 
+    def add_http_handler(self, path: str, handler: http.HttpHandler, *, hot: bool) -> None:
+        """Has a unary method, registered before, take REST calls past the transcoder (`HTTP_ROUTES`, ends.py).
+
+        Args:
+            path: The method's.
+            handler: Makes its requests.
+            hot: Whether it answers those that it can.
+        """
+        plain = next(method for method in self._methods if method.path == path)
+        layout = JSON_LAYOUT if hot else NO_LAYOUT
+        self._methods.append(replace(plain, encode=http.body_of, hot=None, layout=layout, http=handler))
+
     def start(self) -> None:
         """Opens the doors: from now on calls arrive."""
-        methods = [(method.path, method.handler.request_streaming, method.layout) for method in self._methods]
+        methods = [
+            (HTTP_PREFIX * bool(method.http) + method.path, method.handler.request_streaming, method.layout)
+            for method in self._methods
+        ]
         descriptor = self._native.serve(methods, self._max_message_bytes, MAX_INBOX_BYTES, MAX_ITEMS, self._fail_reply)
         self._loop.add_reader(descriptor, self._drain)
 
     @property
     def calls_in_flight(self) -> int:
         """Calls that have not been answered."""
-        return len(self._live) + len(self._native.unanswered())
+        return len(self.live) + len(self._native.unanswered())
 
     async def wait_idle(self) -> None:
         """Refuses new calls from now on, and returns when none is in flight."""
         self._draining = True
-        while self._live:
+        while self.live:
             self._idle.clear()
             await self._idle.wait()
         while self._native.unanswered():  # noqa: ASYNC110  (nobody is told of each answer)
@@ -158,7 +159,10 @@ class EnvoyHost:
         """Ends what is still in flight with UNAVAILABLE."""
         for reply in self._native.unanswered():
             self._end_reply(reply, grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
-        for call, running in list(self._live.items()):
+        for call, running in list(self.live.items()):
+            if isinstance(running, http.HttpReply):
+                running.end(grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
+                continue
             running.context.set_code(grpc.StatusCode.UNAVAILABLE)
             running.context.set_details("the server is shutting down")
             self._cancel(call, running)
@@ -170,6 +174,8 @@ class EnvoyHost:
             for kind, call, message, more in native.take():
                 if kind == native.HOT:
                     self._take_short_way(self._methods[call], message, more)
+                elif kind == native.HTTP:
+                    self._take_http(call, message, more)
                 else:
                     self._handle(kind, call, message, more)
         finally:
@@ -187,7 +193,7 @@ class EnvoyHost:
             return
         for reply in replies:  # each has a caller of its own
             call = reply.call
-            if call is not None and (running := self._live.get(call)) is not None:
+            if call is not None and isinstance(running := self.live.get(call), Running):
                 access.CURRENT.set(running.principal)
                 self._hand_to(method, key, (reply,))
                 running.principal = access.CURRENT.get()
@@ -208,9 +214,16 @@ class EnvoyHost:
             if call is None:
                 continue
             if not reply.is_item:
-                self._begin(call, method, message, 0)
-            elif call in self._live:
-                self._live[call].context.on_message(message, False)
+                self.begin(call, method, message, 0)
+            elif isinstance(running := self.live.get(call), Running):
+                running.context.on_message(message, False)
+
+    def _take_http(self, call: Call, body: bytes, split: JsonSplit | None) -> None:
+        method, refuse = self._methods[call.method], http.HttpCall(call).send_status
+        if self._draining:
+            refuse(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
+        elif not self._guard or self._admit(self._guard, method, call, refuse):
+            http.take(self, method, call, body, split)
 
     def _handle(self, kind: int, call: Call, message: bytes | None, compressed: int) -> None:
         native = self._native
@@ -221,7 +234,7 @@ class EnvoyHost:
                 return
             method = self._methods[call.method]
             if self._guard is None or self._admit(self._guard, method, call, call.send_status):
-                self._begin(call, method, message, compressed)
+                self.begin(call, method, message, compressed)
             return
         if kind == native.STOP:
             self.stopped.set()
@@ -229,8 +242,11 @@ class EnvoyHost:
         if isinstance(call, int):
             self.count_rpcs(self._methods[call].path, "CANCELLED", 1)
             return
-        running = self._live.get(call)
+        running = self.live.get(call)
         if running is None:
+            return
+        if isinstance(running, http.HttpReply):
+            running.cancel()
             return
         context = running.context
         if kind == native.MESSAGE:
@@ -245,13 +261,14 @@ class EnvoyHost:
             context.on_cancel()
             self._cancel(call, running)
 
-    def _begin(self, call: Call, method: Method, message: bytes | None, compressed: int) -> None:
-        context = Context(call, method.decode, method.encode)
+    def begin(self, call: Call, method: Method, message: bytes | None, compressed: int) -> None:
+        """Has a call served by a task."""
+        context = http.context_of(method.http, call) if method.http else Context(call, method.decode, method.encode)
         if method.handler.request_streaming or method.handler.response_streaming:
             run = self._stream(method, context, message, compressed)
         else:
             run = self._unary(method, context, call, message or b"", compressed)
-        self._live[call] = _Running(self._loop.create_task(run), context, method, access.CURRENT.get())
+        self.live[call] = Running(self._loop.create_task(run), context, method, access.CURRENT.get())
 
     def _fail_reply(self, reply: Reply, why: BaseException | int) -> None:
         """Answers a request on the short way with an error; `why` may be the size of an answer that is too large."""
@@ -285,7 +302,7 @@ class EnvoyHost:
         access.CURRENT.set(principal)
         return True
 
-    def _cancel(self, call: Call, running: _Running) -> None:
+    def _cancel(self, call: Call, running: Running) -> None:
         task = running.task
         task.cancel()
         if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:  # type: ignore[arg-type]
@@ -349,10 +366,10 @@ class EnvoyHost:
             self.forget(call)
 
     def _expire(self, call: Call) -> None:
-        running = self._live[call]
-        running.context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
-        running.context.set_details("the deadline has passed")
-        self._cancel(call, running)
+        if isinstance(running := self.live[call], Running):
+            running.context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
+            running.context.set_details("the deadline has passed")
+            self._cancel(call, running)
 
     def _fail(self, method: Method, context: Context, error: BaseException) -> None:
         if isinstance(error, Aborted):
@@ -373,21 +390,11 @@ class EnvoyHost:
 
     def forget(self, call: Call) -> None:
         """Lets go of a call that has ended."""
-        self._live.pop(call, None)
-        if not self._live:
+        self.live.pop(call, None)
+        if not self.live:
             self._idle.set()
 
     def _count_answered(self) -> None:
         """Counts successes on the short way; before the next call begins, and so before a scrape."""
         for number, count in self._native.take_answered():
             self.count_rpcs(self._methods[number].path, "OK", count)
-
-
-@dataclass(slots=True)
-class _Running:
-    """A call whose handler runs as a task."""
-
-    task: asyncio.Task[None]
-    context: Context
-    method: Method
-    principal: Principal | None  # of a stream's items on the short way; its task has its own

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 struct Buffer {
   const char* data;
@@ -40,7 +42,17 @@ void envoy_dynamic_module_callback_http_send_response(void* filter, uint32_t sta
 void envoy_dynamic_module_callback_http_send_response_headers(void* filter, Header* headers, size_t count, bool end);
 void envoy_dynamic_module_callback_http_send_response_data(void* filter, Buffer data, bool end);
 void envoy_dynamic_module_callback_http_send_response_trailers(void* filter, Header* headers, size_t count);
+void* envoy_dynamic_module_callback_get_most_specific_route_config(void* filter);
 void* envoy_dynamic_module_callback_http_filter_scheduler_new(void* filter);
 void envoy_dynamic_module_callback_http_filter_scheduler_commit(void* scheduler, uint64_t event);
 void envoy_dynamic_module_callback_http_filter_scheduler_delete(void* scheduler);
+}
+
+inline Header header(std::string_view key, std::string_view value) {
+  return {key.data(), key.size(), value.data(), value.size()};
+}
+
+// The name that the route of a stream gives the module; null where it gives none.
+inline const std::string* route_method(void* filter) {
+  return static_cast<const std::string*>(envoy_dynamic_module_callback_get_most_specific_route_config(filter));
 }

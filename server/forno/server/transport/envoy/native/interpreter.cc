@@ -9,7 +9,7 @@ std::atomic<const Methods*> methods{nullptr};
 
 namespace {
 
-constexpr int kHot = 100;  // kind of an event that no worker sends
+constexpr int kHot = 100, kHttp = 101;  // kinds of events that no worker sends
 
 struct Call {
   PyObject_HEAD
@@ -97,6 +97,25 @@ PyObject* call_send_status(PyObject* self, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+void respond(PyObject* self, Metadata headers, Piece body) {
+  reinterpret_cast<Call*>(self)->answered = true;
+  std::vector<Part> parts;
+  parts.push_back({Part::kResponse, std::move(headers), std::string(body)});
+  stream_of(self).send(std::move(parts));
+}
+
+PyObject* call_respond(PyObject* self, PyObject* args) {
+  int code;
+  PyObject* pairs;
+  const char* body;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "iOy#", &code, &pairs, &body, &size)) return nullptr;
+  Metadata headers{{":status", std::to_string(http_status(code))}, {"content-type", "application/json"}};
+  if (!append_metadata(pairs, headers)) return nullptr;
+  respond(self, std::move(headers), {body, static_cast<size_t>(size)});
+  Py_RETURN_NONE;
+}
+
 // One message as the whole answer of a successful unary call. False, and nothing sent, where it is larger than a message
 // may be.
 PyObject* call_reply(PyObject* self, PyObject* data) {
@@ -104,7 +123,9 @@ PyObject* call_reply(PyObject* self, PyObject* data) {
   if (PyObject_GetBuffer(data, &view, PyBUF_C_CONTIGUOUS) < 0) return nullptr;
   const Piece piece(static_cast<const char*>(view.buf), static_cast<size_t>(view.len));
   const bool fits = piece.size() <= methods.load(std::memory_order_acquire)->max_message_bytes;
-  if (fits) {
+  if (fits && stream_of(self).http) {
+    respond(self, {{":status", "200"}, {"content-type", "application/json"}}, piece);
+  } else if (fits) {
     reinterpret_cast<Call*>(self)->answered = true;
     stream_of(self).reply(&piece, 1);
     stream_of(self).commit();
@@ -132,6 +153,8 @@ PyObject* get_gone(PyObject* self, void*) { return PyBool_FromLong(stream_of(sel
 PyObject* get_method(PyObject* self, void*) { return PyLong_FromLong(stream_of(self).method); }
 PyObject* get_deadline_us(PyObject* self, void*) { return PyLong_FromLongLong(stream_of(self).deadline_us); }
 PyObject* get_credential(PyObject* self, void*) { return text(stream_of(self).credential); }
+PyObject* get_path(PyObject* self, void*) { return text(stream_of(self).path); }
+PyObject* get_content_type(PyObject* self, void*) { return text(stream_of(self).content_type); }
 PyObject* get_peer(PyObject* self, void*) { return text(stream_of(self).peer); }
 
 PyMethodDef call_methods[] = {
@@ -140,6 +163,8 @@ PyMethodDef call_methods[] = {
     {"send_message", call_send_message, METH_VARARGS, "Sends one message: (bytes, compressed=False)."},
     {"reply", call_reply, METH_O, "Answers a unary call with success; False where the message would be too large."},
     {"send_status", call_send_status, METH_VARARGS, "Ends the call: (code, percent-encoded message, trailing metadata)."},
+    {"respond", call_respond, METH_VARARGS,
+     "Answers an HTTP call: (gRPC code, which gives the HTTP status, further headers, JSON body)."},
     {"consumed", call_consumed, METH_O, "Says that so many bytes of the request stream have been used up."},
     {"notify_writable", call_notify_writable, METH_NOARGS,
      "True: a WRITABLE event comes when what was sent has left for the client. False: it has."},
@@ -152,6 +177,8 @@ PyGetSetDef call_getters[] = {{"pending_bytes", get_pending_bytes, nullptr, "Byt
                               {"method", get_method, nullptr, "The number the method was registered with.", nullptr},
                               {"deadline_us", get_deadline_us, nullptr, "Monotonic microseconds; -1 without one.", nullptr},
                               {"credential", get_credential, nullptr, "Who calls: keys and values, each with a NUL.", nullptr},
+                              {"path", get_path, nullptr, "The path that was called.", nullptr},
+                              {"content_type", get_content_type, nullptr, "That of an HTTP call's body.", nullptr},
                               {"peer", get_peer, nullptr, "The caller's address.", nullptr},
                               {nullptr, nullptr, nullptr, nullptr, nullptr}};
 PyType_Slot call_slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(call_dealloc)},
@@ -182,6 +209,7 @@ class Events {
     switch (event.kind) {
       case EventKind::kCall:
         if (event.stream->gone()) return;  // gave up before anybody looked: it never runs
+        if (event.stream->http) return add_http(event);
         if (!event.message.split.key.empty()) return add_hot(event.stream, std::move(event.message));
         return add(event, call_of(event.stream, true));
       case EventKind::kMessage:
@@ -223,6 +251,10 @@ class Events {
     if (!message) return Py_DECREF(call);
     append(Py_BuildValue("(iNNO)", static_cast<int>(event.kind), call, message,
                          event.message.compressed ? Py_True : Py_False));
+  }
+
+  void add_http(const Event& event) {
+    if (PyObject* call = call_of(event.stream, true)) append(http_event(kHttp, call, event.message));
   }
 
   // Requests of one method that differ in nothing but their elements stand together, where they come so.
@@ -300,7 +332,8 @@ PyMethodDef module_methods[] = {
      "descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests are not to be split.\n"
      "`fail` is called with a Reply and an error, or a size that is over the limit."},
     {"take", take, METH_NOARGS,
-     "All events that wait: [(kind, Call, message or None, compressed)], but (HOT, method, key, [Reply]), and\n"
+     "All events that wait: [(kind, Call, message or None, compressed)], but (HOT, method, key, [Reply]),\n"
+     "(HTTP, Call, body, None or (key, counts, numbers)), and\n"
      "(CANCEL, method, None, False) of a call on the short way. `flush` is to be called when they have been handled."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_forno_envoy", "The interpreter's side of Envoy.", -1, module_methods,
@@ -359,6 +392,7 @@ PyObject* make_module() {
       {"ITEMS_DONE", EventKind::kItemsDone}};
   for (const auto& [name, kind] : kinds) PyModule_AddIntConstant(module, name, static_cast<int>(kind));
   PyModule_AddIntConstant(module, "HOT", kHot);
+  PyModule_AddIntConstant(module, "HTTP", kHttp);
   PyModule_AddObject(module, "Call", Py_NewRef(reinterpret_cast<PyObject*>(call_type)));
   return module;
 }

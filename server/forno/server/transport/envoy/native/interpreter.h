@@ -28,6 +28,9 @@ bool append_metadata(PyObject* pairs, Metadata& out);
 // Ends a call with a status; nobody waits for its Replies any more.
 void send_status(Stream& stream, Metadata status);
 
+// events_http.cc: the event of an HTTP call, (kind, call, body, None or (key, counts, numbers)). Takes the call.
+PyObject* http_event(int kind, PyObject* call, const Message& message);
+
 // replies.cc: requests that take the short way.
 
 bool make_reply_type(PyObject* module);

@@ -120,8 +120,13 @@ HOOK int envoy_dynamic_module_on_http_filter_response_headers(void*, void*, bool
 HOOK int envoy_dynamic_module_on_http_filter_response_body(void*, void*, bool) { return 0; }
 HOOK int envoy_dynamic_module_on_http_filter_response_trailers(void*, void*) { return 0; }
 HOOK int envoy_dynamic_module_on_http_filter_local_reply(void*, void*, uint32_t, Buffer, bool) { return 0; }
-HOOK void* envoy_dynamic_module_on_http_filter_per_route_config_new(Buffer, Buffer) { return &inbox; }
-HOOK void envoy_dynamic_module_on_http_filter_per_route_config_destroy(void*) {}
+// Of a route that leaves the transcoder out: the name of the method that takes its calls as they come.
+HOOK void* envoy_dynamic_module_on_http_filter_per_route_config_new(Buffer, Buffer config) {
+  return new std::string(config.data, config.size);
+}
+HOOK void envoy_dynamic_module_on_http_filter_per_route_config_destroy(void* config) {
+  delete static_cast<std::string*>(config);
+}
 
 // Envoy looks every hook up when it loads the module; these serve features that Forno does not use.
 #define UNUSED(name) \

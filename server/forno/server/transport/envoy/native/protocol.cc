@@ -1,5 +1,7 @@
 #include "protocol.h"
 
+#include <time.h>
+
 #include <cstring>
 
 uint32_t message_bytes(const char* prefix) {
@@ -14,6 +16,13 @@ void write_prefix(char* prefix, size_t size, bool compressed) {
   std::memcpy(prefix + 1, &length, 4);
 }
 
+std::string prefix_of(uint32_t length) {
+  std::string out(kPrefixBytes, '\0');
+  length = __builtin_bswap32(length);
+  std::memcpy(&out[1], &length, 4);
+  return out;
+}
+
 std::string frame_message(const char* data, size_t size, bool compressed) {
   std::string out;
   out.reserve(kPrefixBytes + size);
@@ -21,6 +30,12 @@ std::string frame_message(const char* data, size_t size, bool compressed) {
   write_prefix(out.data(), size, compressed);
   out.append(data, size);
   return out;
+}
+
+int64_t now_us() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t{t.tv_sec} * 1000000 + t.tv_nsec / 1000;
 }
 
 int64_t timeout_us(std::string_view text) {
@@ -39,6 +54,21 @@ int64_t timeout_us(std::string_view text) {
     case 'n': return (value + 999) / 1000;
     default: return -1;
   }
+}
+
+int64_t timeout_ms_us(std::string_view text) {
+  if (text.empty() || text.size() > 9) return -1;
+  int64_t value = 0;
+  for (char c : text) {
+    if (c < '0' || c > '9') return -1;
+    value = value * 10 + (c - '0');
+  }
+  return value ? value * 1000 : -1;
+}
+
+uint32_t http_status(int code) {
+  constexpr uint16_t kStatuses[] = {200, 499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401};
+  return code >= 0 && code <= 16 ? kStatuses[code] : 500;
 }
 
 bool is_grpc_type(std::string_view content_type) {

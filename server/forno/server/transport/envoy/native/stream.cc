@@ -1,23 +1,9 @@
 // The worker's side of a Stream: what Envoy's hooks tell it, and what leaves for the client.
 #include "stream.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
-
-namespace {
-
-int64_t now_us() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return int64_t{t.tv_sec} * 1000000 + t.tv_nsec / 1000;
-}
-
-Header header(std::string_view key, std::string_view value) { return {key.data(), key.size(), value.data(), value.size()}; }
-
-}  // namespace
 
 Stream::~Stream() {
   if (scheduler_) envoy_dynamic_module_callback_http_filter_scheduler_delete(scheduler_);
@@ -28,7 +14,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   headers.resize(envoy_dynamic_module_callback_http_get_headers_size(filter, kRequestHeaders));
   envoy_dynamic_module_callback_http_get_headers(filter, kRequestHeaders, headers.data());
   bool is_grpc = false;
-  std::string_view http_method, bad_timeout;
+  std::string_view http_method, bad_timeout, type, length, timeout_ms;
   metadata.reserve(512);
   for (const Header& h : headers) {
     const std::string_view key(h.key, h.key_size), value(h.value, h.value_size);
@@ -38,6 +24,11 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
       http_method = value;
     } else if (key == "content-type") {
       is_grpc = is_grpc_type(value);
+      type = value;
+    } else if (key == "content-length") {
+      length = value;
+    } else if (key == "x-request-timeout-ms") {
+      timeout_ms = value.empty() ? "-" : value;  // as wrong as any other that is no number
     } else if (key == "grpc-timeout") {
       const int64_t timeout = timeout_us(value);
       if (timeout < 0) bad_timeout = value;
@@ -52,7 +43,10 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
       metadata.append(value).push_back('\0');
     }
   }
-  if (!is_grpc) {
+  // A route that leaves the transcoder out says which method takes the call as it is.
+  const std::string* route = is_grpc ? nullptr : route_method(filter);
+  http = route != nullptr;
+  if (!is_grpc && !http) {
     // Nothing that the transcoder knows as REST, and no gRPC either. The body's form is local_reply_config's business.
     refused_ = true;
     const std::string body = "no such path: " + std::string(http_method) + " " + path.substr(0, path.find('?'));
@@ -64,11 +58,11 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   }
   if (!methods) return refuse(filter, kUnavailable, "the server is starting");
   if (!bad_timeout.empty()) {
-    return refuse(filter, kInternal,
+    return refuse(filter, http ? kInvalidArgument : kInternal,
                   "grpc-timeout is '" + std::string(bad_timeout) + "'; expected 1 to 8 digits and H, M, S, m, u or n");
   }
   methods_ = methods;
-  const auto found = methods->by_path.find(path);
+  const auto found = methods->by_path.find(http ? *route : path);
   if (found == methods->by_path.end()) return refuse(filter, kUnimplemented, "no such method: " + path);
   method_ = &found->second;
   method = method_->number;
@@ -86,6 +80,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     announced_ = true;
     inbox_.push({EventKind::kCall, shared_from_this(), {}});
   }
+  if (http) begin_http(type, length, timeout_ms);
   if (end) finish_request(filter);
 }
 
@@ -106,7 +101,11 @@ int Stream::on_body(void* filter, bool end) {
     if (left_in_envoy_) take_body(filter, kBufferedRequestBody);
   }
   take_body(filter, kReceivedRequestBody);
-  if (split_messages(filter) && end) finish_request(filter);
+  if (http) {
+    take_http(filter, end);
+  } else if (split_messages(filter) && end) {
+    finish_request(filter);
+  }
   return kStopBodyNoBuffer;
 }
 
@@ -188,6 +187,7 @@ Message Stream::message_of(std::string bytes, size_t begin, bool compressed) con
 }
 
 void Stream::finish_request(void* filter) {
+  if (http) return finish_http(filter);
   request_ended_ = true;
   if (method_->request_streaming) {
     if (!body_.empty()) return refuse(filter, kInternal, "the request stream ends inside a message");
@@ -214,6 +214,11 @@ void Stream::refuse(void* filter, int code, std::string_view reason) {
     parts_.clear();
   }
   if (announced_) inbox_.push({EventKind::kCancel, shared_from_this(), {}});
+  if (http) {  // the body's form is local_reply_config's business
+    const uint32_t told = code == kResourceExhausted ? 413 : http_status(code);
+    envoy_dynamic_module_callback_http_send_response(filter, told, nullptr, 0, {text.data(), text.size()}, {nullptr, 0});
+    return;
+  }
   const std::string status = std::to_string(code);
   if (headers_sent_) {
     Header trailers[] = {header("grpc-status", status), header("grpc-message", text)};
@@ -294,6 +299,11 @@ void Stream::flush(void* filter) {
       const std::string& data = part.framed;
       envoy_dynamic_module_callback_http_send_response_data(filter, {data.data(), data.size()}, false);
       continue;
+    }
+    if (part.kind == Part::kResponse) return send_response(filter, part);
+    if (http) {  // the host itself refuses, such as while it drains; metadata: status, and message if there is one
+      const std::string_view text = part.metadata.size() > 1 ? std::string_view(part.metadata[1].second) : "";
+      return refuse(filter, std::stoi(part.metadata[0].second), text);
     }
     if (part.kind == Part::kHeaders && headers_sent_) continue;
     headers.clear();

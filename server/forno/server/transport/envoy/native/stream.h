@@ -12,17 +12,19 @@
 #include <vector>
 
 #include "envoy_abi.h"
+#include "json_split.h"
 #include "protocol.h"
 #include "split.h"
 
 using Metadata = std::vector<std::pair<std::string, std::string>>;  // to be sent
 
-// One gRPC message; `compressed` is the flag of its five-byte prefix (gRPC over HTTP/2, "Length-Prefixed-Message").
+// One gRPC message, or the body of an HTTP call with room for a prefix; `compressed` is the flag of its five-byte prefix (gRPC over HTTP/2, "Length-Prefixed-Message").
 struct Message {
   std::string bytes;
   size_t begin = 0;  // where it begins in `bytes`: a prefix is not worth a copy to cut it off
   bool compressed = false;
   Split split{};  // of a hot method's request; its key is empty where it was not split
+  std::unique_ptr<JsonSplitter> json{};  // of an HTTP call's body; null where it was not split
 
   std::string_view view() const { return std::string_view(bytes).substr(begin); }
 };
@@ -32,9 +34,9 @@ using Piece = std::string_view;
 
 // A part of an answer on its way to the worker.
 struct Part {
-  enum Kind { kHeaders, kMessage, kStatus } kind;
-  Metadata metadata;   // kHeaders: initial metadata; kStatus: trailing metadata, grpc-status first
-  std::string framed;  // kMessage: prefix and bytes; more than one message where they are small
+  enum Kind { kHeaders, kMessage, kStatus, kResponse } kind;
+  Metadata metadata;   // kHeaders: initial metadata; kStatus: trailing metadata, grpc-status first; kResponse: headers
+  std::string framed;  // kMessage: prefix and bytes; more than one message where they are small. kResponse: the body
 };
 
 // What a waiting message costs besides its bytes. Counted, or millions of empty ones would weigh nothing.
@@ -123,9 +125,11 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool replied = false;      // `reply` was called
 
   // Set before the first event; constant afterwards.
+  bool http = false;  // a REST call that came as it is, past the transcoder: no gRPC in either direction
   int method = -1;
   int64_t deadline_us = -1;  // CLOCK_MONOTONIC; -1 without one
   std::string path;
+  std::string content_type;  // of an HTTP call
   std::string peer;
   std::string metadata;    // what the caller sent: key, NUL, value, NUL, and so on
   std::string credential;  // of that, what says who calls
@@ -140,6 +144,10 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool split_messages(void* filter);
   void finish_request(void* filter);
   void refuse(void* filter, int code, std::string_view reason);
+  void begin_http(std::string_view type, std::string_view length, std::string_view timeout_ms);
+  void take_http(void* filter, bool end);
+  void finish_http(void* filter);
+  void send_response(void* filter, const Part& response);
   void resume(void* filter);
   void flush(void* filter);
   void schedule_locked();
@@ -165,6 +173,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool left_in_envoy_ = false;   // Envoy's buffer holds body that was not taken yet
   bool ended_in_envoy_ = false;  // ... and the end of the request
   std::string body_;  // bytes of a message that is not whole yet
+  bool too_large_ = false;  // the body of an HTTP call
+  std::unique_ptr<JsonSplitter> json_;  // of an HTTP call whose method takes split bodies
 
   std::mutex mutex_;  // guards all below
   std::vector<Part> parts_;

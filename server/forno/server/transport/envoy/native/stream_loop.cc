@@ -65,7 +65,7 @@ void Stream::send(std::vector<Part> parts) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (gone_ || answered_) return;
   for (Part& part : parts) {
-    answered_ = answered_ || part.kind == Part::kStatus;
+    answered_ = answered_ || part.kind == Part::kStatus || part.kind == Part::kResponse;
     if (part.kind == Part::kMessage) {
       room_locked(part.framed.size()).append(part.framed);
     } else {
