@@ -7,7 +7,7 @@ when it has handed on the values.
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import os
 import pickle
 import threading
@@ -35,8 +35,8 @@ def plain(value: T) -> T:
 
 def _plain(value: Any) -> Any:
     kind = type(value)
-    if dataclasses.is_dataclass(kind):
-        return Plain(**{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(kind)})
+    if hasattr(kind, "__dataclass_fields__"):
+        return Plain(**{name: _plain(getattr(value, name)) for name in kind.__dataclass_fields__})
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -73,6 +73,7 @@ def begin_apart(function: Callable[[], T]) -> Callable[[], T]:
 
 def _answer(function: Callable[[], object], write_end: int) -> None:
     """The whole life of the other process."""
+    gc.disable()  # it has not long to live
     status = 1
     try:
         data = pickle.dumps(function(), pickle.HIGHEST_PROTOCOL)

@@ -162,8 +162,7 @@ class Server:
             self._show(banner.loaded(model, time.monotonic() - began))
         for endpoint in self._endpoints.values():
             endpoint.check()
-        gc.collect()
-        gc.freeze()  # what start-up has made stays; the collector need not walk it again
+        gc.freeze()  # what start-up has made stays; to look for garbage in it first would take longer than it saves
         gc.enable()
 
     def _set_health(self, *, serving: bool) -> None:
