@@ -1,0 +1,78 @@
+"""From the start command to the first right answer, and the memory after it, over and over.
+
+Usage: python -m bench.start [--starts 10] [--servers forno,forno-grpc]
+
+Starts of the servers take turns, so that what else the machine does meets all alike. A first start, which fills the
+caches of the system, is not counted. Memory is that of all the server's processes half a second after the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import report
+from bench.process import ServerProcess, free_port
+from bench.subjects import ROOT, SUBJECTS, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.report import Record
+    from bench.subjects import Subject
+
+SETTLE_S = 0.5
+
+
+def start_once(subject: Subject) -> Record:
+    """One start, to its end."""
+    with tempfile.TemporaryDirectory(prefix="forno-bench-") as name:
+        folder, port = Path(name), free_port()
+        with ServerProcess(subject.command(port, folder), environment(), folder / "server.log") as server:
+            first_s = subject.first_answer_s(port, server)
+            time.sleep(SETTLE_S)
+            pss_mib, processes = server.pss_mib(), server.process_count()
+            stop_s = server.stop()
+    return {"server": subject.name, "first_s": first_s, "pss_mib": pss_mib, "processes": processes, "stop_s": stop_s}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes results/start.json and .md."""
+    parser = argparse.ArgumentParser("python -m bench.start", description=__doc__.partition("\n")[0])
+    parser.add_argument("--starts", type=int, default=10)
+    parser.add_argument("--servers", default="forno,forno-grpc")
+    arguments = parser.parse_args(argv)
+    names = arguments.servers.split(",")
+    subjects = [next(subject for subject in SUBJECTS if subject.name == name) for name in names]
+    records = [start_once(subject) for _ in range(arguments.starts + 1) for subject in subjects][len(subjects) :]
+    facts: Record = {
+        "command": shlex.join(["python", "-m", "bench.start", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "method": f"{arguments.starts} starts of each after one that is not counted; they take turns",
+        "machine": report.machine(),
+        "versions": report.versions(ROOT),
+        "records": records,
+    }
+    lines = ["| server | first answer s | fastest | slowest | PSS MiB | end s |", "| --- |" + " --- |" * 5]
+    for name in names:
+        first_s, pss_mib, stop_s = (
+            [record[key] for record in records if record["server"] == name] for key in ("first_s", "pss_mib", "stop_s")
+        )
+        lines.append(
+            f"| {name} | {statistics.median(first_s):.2f} | {min(first_s):.2f} | {max(first_s):.2f} "
+            f"| {statistics.median(pss_mib):.0f} | {statistics.median(stop_s):.2f} |"
+        )
+    text = "\n".join(lines)
+    report.write(ROOT / "bench" / "results", "start", facts, text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
