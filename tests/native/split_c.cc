@@ -1,5 +1,6 @@
 // split.h as a C function, for tests/e2e/test_split.py.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "split.h"
@@ -16,6 +17,11 @@ extern "C" size_t split(const char* message, size_t size, const uint32_t* layout
   std::copy(found.begin(), found.end(), spans);
   *count = found.size();
   places[0] = out.data_at;
+  if (!out.key.empty() && first_elements_at({message, size}, fields) != out.data_at) abort();
+  for (size_t cut = 0; cut < size; cut++) {  // what a beginning tells is never wrong
+    const size_t told = first_elements_at({message, cut}, fields);
+    if (told && !out.key.empty() && told != out.data_at) abort();
+  }
   places[1] = out.id_at;
   places[2] = out.id_size;
   return out.key.size();

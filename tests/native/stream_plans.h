@@ -9,7 +9,7 @@
 
 #include "protocol.h"
 
-constexpr size_t kMaxMessageBytes = 4096, kMaxInboxBytes = 2048, kMaxItems = 4;
+constexpr size_t kMaxMessageBytes = 100000, kMaxInboxBytes = 2048, kMaxItems = 4;
 using Random = std::mt19937;
 inline size_t below(Random& random, size_t end) { return random() % end; }
 
@@ -81,6 +81,19 @@ inline Plan make_http_plan(Random& random) {
   return plan;
 }
 
+// A request of kLayout whose elements are many.
+inline std::string large_request(Random& random) {
+  const size_t size = 66000 + below(random, 20000);
+  const auto head = [](char number, size_t length) {  // three bytes of varint
+    const char bytes[] = {static_cast<char>(number << 3 | 2), static_cast<char>(length | 0x80),
+                          static_cast<char>(length >> 7 | 0x80), static_cast<char>(length >> 14)};
+    return std::string(bytes, 4);
+  };
+  const std::string name(below(random, 20), 'x');
+  const std::string named = std::string{1 << 3 | 2, static_cast<char>(name.size())} + name;
+  return head(1, named.size() + 4 + size) + named + head(3, size) + random_bytes(random, size);
+}
+
 inline Plan make_plan(Random& random) {
   if (below(random, 4) == 0) return make_http_plan(random);
   Plan plan;
@@ -90,8 +103,9 @@ inline Plan make_plan(Random& random) {
   plan.goes_away = below(random, 4) == 0;
   plan.trailers = below(random, 8) == 0;
   const size_t count = plan.unary ? 1 : below(random, 20);
+  const bool large = plan.unary && below(random, 20) == 0;
   for (size_t i = 0; i < count; i++) {
-    const std::string message = plan.items ? random_item(random) : random_bytes(random, below(random, 3) ? below(random, 40) : below(random, kMaxMessageBytes + 1));
+    const std::string message = plan.items ? random_item(random) : large ? large_request(random) : random_bytes(random, below(random, 3) ? below(random, 40) : below(random, 4097));
     plan.body += frame_message(message.data(), message.size(), false);
   }
   plan.expected = plan.body;

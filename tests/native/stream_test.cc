@@ -151,7 +151,7 @@ void Worker::step(Filter& filter) {
       filter.request_ended = true;
       stream->on_trailers(&filter);
     } else {
-      const size_t size = std::min(left, below(random, 2) ? below(random, 12) : below(random, 3000));
+      const size_t size = std::min(left, below(random, 2) ? below(random, 12) : below(random, left > 10000 ? 40000 : 3000));
       const bool end = size == left && !filter.plan.trailers;
       const std::string piece = filter.plan.body.substr(filter.sent, size);
       filter.sent += size;
@@ -199,6 +199,7 @@ class Loop {
       for (Event& event : inbox().take()) handle(event);
       for (auto at = calls_.begin(); at != calls_.end();) at = work(at->second) ? std::next(at) : calls_.erase(at);
     }
+    CHECK(aligned_ * 3 > large_);  // where the first piece is large enough to tell; by chance it were a sixteenth
   }
 
  private:
@@ -220,6 +221,10 @@ class Loop {
       call.unary = event.stream->method == 0 || event.stream->http;
       if (event.stream->http) check_split(event.message);
       if (call.unary) call.messages.emplace_back(event.message.view());
+      if (event.message.bytes.size() > 65600 && !event.message.split.key.empty()) {  // can be read as numbers where it is
+        aligned_ += reinterpret_cast<uintptr_t>(event.message.view().data() + event.message.split.data_at) % 16 == 0;
+        large_++;
+      }
       return;
     }
     const auto found = calls_.find(event.stream.get());
@@ -345,6 +350,7 @@ class Loop {
   }
 
   std::map<Stream*, Call> calls_;
+  size_t aligned_ = 0, large_ = 0;
   Random random_{7};
 };
 

@@ -137,3 +137,21 @@ Split split_request(std::string_view message, const Layout& layout, std::vector<
   if (!(layout.item_request ? finder.item(message) : finder.request(message, 0))) out = Split{};
   return out;
 }
+
+size_t first_elements_at(std::string_view beginning, const Layout& layout) {
+  Reader reader{beginning};
+  bool in_item = layout.item_request == 0, in_tensor = false;
+  while (reader.more()) {
+    const uint64_t tag = reader.varint();
+    const uint64_t field = tag >> 3;
+    const bool opens = !in_item ? field == layout.item_request : !in_tensor && field == layout.tensors;
+    if ((tag & 7) == kDelimited && (opens || (in_tensor && field == layout.tensor_data))) {
+      reader.varint();  // its size: more than the beginning holds
+      if (!opens) return reader.good ? reader.at : 0;
+      (in_item ? in_tensor : in_item) = true;
+    } else {
+      reader.skip(tag & 7);
+    }
+  }
+  return 0;
+}

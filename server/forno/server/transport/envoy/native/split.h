@@ -35,3 +35,6 @@ struct Split {
 // from `data_at`; `spans`, if given, receives the place of each, offset and size. Never throws but for memory; never
 // reads outside `message`.
 Split split_request(std::string_view message, const Layout& layout, std::vector<uint64_t>* spans = nullptr);
+
+// Where the elements of the first tensor will lie, told by the beginning of a message; 0 where that does not tell.
+size_t first_elements_at(std::string_view beginning, const Layout& layout);

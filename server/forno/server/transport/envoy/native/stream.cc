@@ -5,6 +5,13 @@
 #include <cstring>
 #include <utility>
 
+namespace {
+
+constexpr size_t kLargeBytes = 64 * 1024;  // below this a request's elements are copied to where they run
+constexpr size_t kAlignment = 16;          // of what malloc gives, and enough for numbers
+
+}  // namespace
+
 Stream::~Stream() {
   if (scheduler_) envoy_dynamic_module_callback_http_filter_scheduler_delete(scheduler_);
 }
@@ -124,23 +131,37 @@ void Stream::take_body(void* filter, int type) {
 }
 
 void Stream::append_body(const Buffer& chunk) {
+  const bool first = body_.size() == body_begin_;
+  if (first && chunk.size >= kPrefixBytes && message_bytes(chunk.data) >= kLargeBytes) {
+    body_begin_ = gap_before({chunk.data, chunk.size});
+    body_.assign(body_begin_, 0);
+  }
   const size_t size = body_.size() + chunk.size;
   if (size > body_.capacity()) {
     // The prefix says how much will come. Trusted only in proportion to what has come: five bytes of each of many
     // calls must not reserve the message limit for each.
-    const char* prefix = body_.size() >= kPrefixBytes ? body_.data() : chunk.data;
-    const size_t whole = size >= kPrefixBytes && (body_.empty() || body_.size() >= kPrefixBytes)
-                             ? kPrefixBytes + std::min<size_t>(message_bytes(prefix), methods_->max_message_bytes)
-                             : 0;
+    const char* prefix = first ? chunk.data : body_.data() + body_begin_;
+    const size_t known = first ? chunk.size : body_.size() - body_begin_;
+    const size_t whole = known >= kPrefixBytes ? body_begin_ + kPrefixBytes +
+                                                     std::min<size_t>(message_bytes(prefix), methods_->max_message_bytes)
+                                               : 0;
     body_.reserve(std::max(size, std::min(whole, 16 * size)));
   }
   body_.append(chunk.data, chunk.size);
 }
 
+// How many bytes are to stand before a large request so that the elements of its first tensor lie where they can be read
+// as numbers, and need not be copied for that.
+size_t Stream::gap_before(std::string_view beginning) const {
+  if (!method_->layout.tensors || method_->request_streaming) return 0;
+  const size_t at = first_elements_at(beginning.substr(kPrefixBytes), method_->layout);
+  return at ? (kAlignment - (kPrefixBytes + at) % kAlignment) % kAlignment : 0;
+}
+
 // Hands whole messages of a streaming call to the loop, and checks limits. False when the call has been refused.
 bool Stream::split_messages(void* filter) {
   std::vector<Event> events;
-  size_t at = 0, taken_bytes = 0;
+  size_t at = body_begin_, taken_bytes = 0;
   int code = 0;
   std::string reason;
   while (body_.size() - at >= kPrefixBytes) {
@@ -157,7 +178,7 @@ bool Stream::split_messages(void* filter) {
       break;
     }
     if (!method_->request_streaming) {  // handed over when it is whole
-      if (body_.size() - kPrefixBytes <= length) return true;
+      if (body_.size() - at - kPrefixBytes <= length) return true;
       code = kInternal;
       reason = "the request body goes on after its one gRPC message";
       break;
@@ -176,7 +197,7 @@ bool Stream::split_messages(void* filter) {
     refuse(filter, code, reason);
     return false;
   }
-  body_.erase(0, at);
+  body_.erase(body_begin_, at - body_begin_);
   return true;
 }
 
@@ -194,12 +215,13 @@ void Stream::finish_request(void* filter) {
     inbox_.push({EventKind::kHalfClose, shared_from_this(), {}});
     return;
   }
-  if (body_.size() < kPrefixBytes || body_.size() - kPrefixBytes != message_bytes(body_.data())) {
+  const size_t begin = body_begin_ + kPrefixBytes;
+  if (body_.size() < begin || body_.size() - begin != message_bytes(body_.data() + body_begin_)) {
     return refuse(filter, kInternal, "the request body is not one whole gRPC message");
   }
   announced_ = true;
-  const bool compressed = body_[0] == 1;
-  inbox_.push({EventKind::kCall, shared_from_this(), message_of(std::move(body_), kPrefixBytes, compressed)});
+  const bool compressed = body_[body_begin_] == 1;
+  inbox_.push({EventKind::kCall, shared_from_this(), message_of(std::move(body_), begin, compressed)});
   body_.clear();
 }
 

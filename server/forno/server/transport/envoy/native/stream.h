@@ -141,6 +141,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
  private:
   void take_body(void* filter, int type);
   void append_body(const Buffer& chunk);
+  size_t gap_before(std::string_view beginning) const;
   bool split_messages(void* filter);
   void finish_request(void* filter);
   void refuse(void* filter, int code, std::string_view reason);
@@ -172,7 +173,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool headers_sent_ = false;
   bool left_in_envoy_ = false;   // Envoy's buffer holds body that was not taken yet
   bool ended_in_envoy_ = false;  // ... and the end of the request
-  std::string body_;  // bytes of a message that is not whole yet
+  std::string body_;  // bytes of a message that is not whole yet, and before them `body_begin_` bytes of nothing
+  size_t body_begin_ = 0;
   bool too_large_ = false;  // the body of an HTTP call
   std::unique_ptr<JsonSplitter> json_;  // of an HTTP call whose method takes split bodies
 
