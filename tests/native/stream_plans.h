@@ -70,7 +70,7 @@ inline Plan make_http_plan(Random& random) {
     }
     plan.body += "]}";
   } else {
-    plan.body = random_bytes(random, below(random, kMaxMessageBytes));
+    plan.body = random_bytes(random, below(random, 8000));
   }
   plan.expected = plan.body;
   if (below(random, 16) == 0) plan.body.resize(kMaxMessageBytes + 1 + below(random, 2000), ' ');
