@@ -120,6 +120,8 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "routes": end.routes(),
     }
     if cors:
+        if end.clusters():
+            host["routes"].insert(-1, doors.cors_route())
         host["typed_per_filter_config"] = doors.cors_policy(cors)
     if end.clusters() and not listener.inner:
         host["request_headers_to_add"] = doors.peer()

@@ -19,6 +19,7 @@ NODE = {"id": "forno", "cluster": "forno"}
 """Envoy wants a name for itself where it watches files."""
 
 _SECRET = f"{TYPES}.extensions.transport_sockets.tls.v3.Secret"
+_NOWHERE = "x-forno-nowhere"  # a header that no call has
 _SERVER, _CLIENTS = "server", "clients"  # names of the secrets, and of the files that hold them
 
 
@@ -117,7 +118,7 @@ def believed(*, inner: bool, admin: bool = False, mutual: bool = False) -> dict[
     if inner:
         return {"use_remote_address": False, "forward_client_cert_details": "ALWAYS_FORWARD_ONLY"}
     # The transcoder alone may say which REST path a call came by, and we alone who calls, and where.
-    removed = ("x-envoy-original-path", "x-envoy-original-method", DOOR, PEER)
+    removed = ("x-envoy-original-path", "x-envoy-original-method", DOOR, PEER, _NOWHERE)
     mutations: list[dict[str, Any]] = [{"remove": name} for name in removed]
     if admin:
         mutations.append({"append": {"header": {"key": DOOR, "value": ADMIN}}})
@@ -150,6 +151,19 @@ def cors_filter() -> dict[str, Any]:
     return {
         "name": "envoy.filters.http.cors",
         "typed_config": {"@type": f"{TYPES}.extensions.filters.http.cors.v3.Cors"},
+    }
+
+
+def cors_route() -> dict[str, Any]:
+    """Where a page's call of an unknown path goes: nowhere, which Envoy answers with 404.
+
+    To be tried before a route that answers by itself, to which Envoy's CORS filter applies no policy; a call of REST
+    is not yet one of gRPC where that filter looks at its route.
+    """
+    page = [{"name": "origin", "present_match": True}]
+    return {
+        "match": {"prefix": "/", "headers": page},
+        "route": {"cluster_header": _NOWHERE, "cluster_not_found_response_code": "NOT_FOUND"},
     }
 
 
