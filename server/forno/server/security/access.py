@@ -62,6 +62,8 @@ class Principal:
     ) -> None:
         self.name = name
         self.scopes = scopes
+        self.predicts = scopes.predicts
+        """Whether there is any model or endpoint that it may use."""
         self.anonymous = anonymous
         self.expires_us = expires_us
         self.bucket = bucket

@@ -164,7 +164,7 @@ class Guard:
         if principal is None or principal.ended(now_us):
             principal = self._identify(credential, peer, now_us)
         if need == methods.LOOKUP:
-            if not principal.scopes.predicts:
+            if not principal.predicts:
                 raise principal.refusal("models or endpoints")
         elif not principal.may(need):
             raise principal.refusal(f"{need} methods")
