@@ -54,6 +54,7 @@ def file(tmp_path):
 
 def test_without_settings_there_is_no_guard():
     assert make(Config()) is None
+    assert make(Config(), "0.0.0.0:80").admission("/some.Other/Method") == "admin"
 
 
 def test_every_method_of_a_server_says_what_it_needs():

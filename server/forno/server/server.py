@@ -91,7 +91,7 @@ class Server:
                 if version == spec.version:
                     self.registry.set_label(spec.name, label, version)
         self._endpoints = endpoints.build(config, self.registry)
-        self.guard = guard.make(config)
+        self.guard = guard.make(config, address)
         """Admits the transport's calls; None where all may come in."""
         self._health = HealthServicer(self.registry)
         self._stop = asyncio.Event()

@@ -285,13 +285,17 @@ class Guard:
         return NEVER_US if at_s is None else now_us + int(min(at_s - self._time_s(), 1e9) * 1e6)
 
 
-def make(config: Config) -> Guard | None:
+def make(config: Config, public: str = "") -> Guard | None:
     """The guard that the settings ask for; None where every call may come in.
+
+    Args:
+        config: All settings.
+        public: Where callers reach the server, if that is not `server.address`, as at a replica behind an edge.
 
     Raises:
         ConfigError: A file cannot be read, or a scope is none.
     """
-    guard = Guard(config.security, loopback=is_loopback(config.server.address))
+    guard = Guard(config.security, loopback=is_loopback(public or config.server.address))
     paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
     return guard if any(guard.admission(path) for path in paths) else None
 
