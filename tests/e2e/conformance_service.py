@@ -282,6 +282,14 @@ HANDLERS = {
 }
 
 
+async def serving(request: bytes, context: Any) -> bytes:
+    """Health/Check: SERVING, in the wire format."""
+    return b"\x08\x01"
+
+
+HEALTH = {"Check": grpc.unary_unary_rpc_method_handler(serving)}
+
+
 def main(argument: str) -> None:
     """Inside Envoy; `argument` is JSON with `control`, a descriptor whose end ends the server."""
     import uvloop
@@ -293,6 +301,7 @@ def main(argument: str) -> None:
     async def run() -> None:
         host = EnvoyHost(given["max_message_bytes"], lambda *_: None)
         host.add_registered_method_handlers(SERVICE, HANDLERS)
+        host.add_registered_method_handlers("grpc.health.v1.Health", HEALTH)
         host.start()
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=given["control"]))
         writer.write(f"ready {given.get('port', 0)}\n".encode())

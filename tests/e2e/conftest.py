@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.e2e.forno_server import ROOT, TRANSPORTS, FornoServer
+from tests.e2e.forno_server import FLEET, ROOT, TRANSPORTS, FornoServer
 from tests.e2e.models import make_repository
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ def _server(running: dict[str, FornoServer], repository: Path, transport: str) -
     return running[transport]
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=[*TRANSPORTS, FLEET])
 def server(request: pytest.FixtureRequest, servers: dict[str, FornoServer], repository: Path) -> FornoServer:
     """The demo models and those of models.py, on each transport."""
     return _server(servers, repository, request.param)
 
 
-@pytest.fixture(params=[name for name in TRANSPORTS if name != "grpc"])
+@pytest.fixture(params=[*(name for name in TRANSPORTS if name != "grpc"), FLEET])
 def rest_server(request: pytest.FixtureRequest, servers: dict[str, FornoServer], repository: Path) -> FornoServer:
     """As `server`, on the transports that speak REST."""
     return _server(servers, repository, request.param)

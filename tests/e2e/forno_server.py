@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 ROOTS = [str(ROOT / name) for name in ("proto", "server", "kernels", "clients/python")]
 TRANSPORTS = ("envoy", "proxy", "grpc")
+FLEET = "fleet"
+"""One replica inside Envoy behind an edge, as if that were a transport of its own."""
 
 
 def environment() -> dict[str, str]:
@@ -54,7 +56,7 @@ class FornoServer:
 
     Args:
         args: What to serve, and flags.
-        transport: One of TRANSPORTS.
+        transport: One of TRANSPORTS, or FLEET.
         ready: Whether to wait until every model is ready.
         target: Where to listen; empty = on a free port.
     """
@@ -67,7 +69,8 @@ class FornoServer:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self._command = [
             *(sys.executable, "-m", "forno.server", "serve", *map(str, args)),
-            *("--address", self.target, "--transport", transport),
+            *("--address", self.target),
+            *(("--replicas", "1") if transport == FLEET else ("--transport", transport)),
         ]
         self.process: subprocess.Popen[str]
         self.channel: grpc.Channel

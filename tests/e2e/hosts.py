@@ -8,9 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,6 +20,7 @@ from tests.e2e.forno_server import ROOTS, free_port
 
 from forno.server.address import Address
 from forno.server.config import Config, ServerSettings
+from forno.server.fleet import edge as edges
 from forno.server.transport.envoy import ends, supervisor
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 TRANSPORTS = ("envoy", "grpc")
+WITH_EDGE = (*TRANSPORTS, "edge")  # inside Envoy again, as a replica behind the edge of a fleet
 SERVICE = "test.Conformance"
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -81,13 +85,37 @@ def eventually(happened: Callable[[], Any], limit_s: float = 5.0) -> Any:
 @contextlib.contextmanager
 def serve(transport: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Iterator[Host]:
     """The service on `transport`, for as long as the context lasts."""
-    start = _inside_envoy if transport == "envoy" else _on_grpc
+    start = {"envoy": _inside_envoy, "grpc": _on_grpc, "edge": _behind_edge}[transport]
     with start(max_message_bytes) as host:
         yield host
 
 
 @contextlib.contextmanager
-def _inside_envoy(max_message_bytes: int) -> Iterator[Host]:
+def _behind_edge(max_message_bytes: int) -> Iterator[Host]:
+    config = Config(server=ServerSettings(max_message_bytes=max_message_bytes))
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="forno-") as name:
+        folder, replica = Path(name), SimpleNamespace(index=0, socket=Path(name, "replica.sock"))
+        (folder / edges.XDS_FOLDER).mkdir()
+        edges.publish(folder, 1, [(replica, True)])
+        with _inside_envoy(max_message_bytes, Address(path=str(replica.socket))) as host:
+            end = edges.EdgeEnd(folder, "")
+            edge = supervisor.Envoy(config, Address("127.0.0.1", port), lambda _: end, host.log.append)
+            try:
+                edge.start({})
+                eventually(lambda: any(v.takes_calls for v in edges.views(_hosts(edge)).values()), 20)
+                yield replace(host, transport="edge", port=port)
+                assert edge.returncode() is None, f"the edge has ended with status {edge.returncode()}: {host.log}"
+            finally:
+                edge.close()
+
+
+def _hosts(edge: supervisor.Envoy) -> str:
+    return edge.ask("GET", "/clusters?format=json")
+
+
+@contextlib.contextmanager
+def _inside_envoy(max_message_bytes: int, inner: Address | None = None) -> Iterator[Host]:
     ours, theirs = socket.socketpair()
     os.set_inheritable(theirs.fileno(), True)
     ours.settimeout(20)
@@ -96,7 +124,8 @@ def _inside_envoy(max_message_bytes: int) -> Iterator[Host]:
     argument = {"control": theirs.fileno(), "max_message_bytes": max_message_bytes, "port": port}
     config = Config(server=ServerSettings(max_message_bytes=max_message_bytes))
     end = ends.ModuleEnd("conformance_service:main", json.dumps(argument))
-    envoy = supervisor.Envoy(config, Address("127.0.0.1", port), lambda _: end, log.append)
+    address = inner or Address("127.0.0.1", port)
+    envoy = supervisor.Envoy(config, address, lambda _: end, log.append, inner=inner is not None)
     try:
         envoy.start(
             {
@@ -108,7 +137,7 @@ def _inside_envoy(max_message_bytes: int) -> Iterator[Host]:
         )
         theirs.close()
         _expect_ready(ours.recv(100).decode(), log)
-        eventually(lambda: _answers(port), 20)
+        eventually(lambda: inner or _answers(port), 20)
         yield Host("envoy", port, envoy.pid, log)
         assert envoy.returncode() is None, f"Envoy has ended with status {envoy.returncode()}: {log}"
     finally:

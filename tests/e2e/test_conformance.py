@@ -10,7 +10,7 @@ import grpc
 import pytest
 from tests.e2e import hosts
 from tests.e2e.conformance_cases import ANY, CASES, NO_ANSWER, Case, Outcome
-from tests.e2e.hosts import SERVICE, TRANSPORTS, Host
+from tests.e2e.hosts import SERVICE, WITH_EDGE, Host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ADDED_BY_ENVOY = frozenset(("date", "server"))
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=WITH_EDGE)
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     with hosts.serve(request.param) as host:
         yield host

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=[*TRANSPORTS, pytest.param("edge", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     with hosts.serve(request.param) as host:
         yield host

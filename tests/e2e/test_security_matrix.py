@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PREDICTOR, REST = "/forno.v1.Predictor", "/forno.v1.Rest"
-TRANSPORTS = ("envoy", "proxy", "grpc")
+TRANSPORTS = ("envoy", "proxy", "grpc", "fleet")
 BODY = httpbody_pb2.HttpBody(content_type="application/json", data=ROWS)
 NAMED = httpbody_pb2.HttpBody(content_type="application/json", data=b'{"model": "beta", "inputs": {"x": [[1, 1]]}}')
 LISTING = reflection_pb2.ServerReflectionRequest(list_services="")

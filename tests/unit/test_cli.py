@@ -66,7 +66,7 @@ def test_the_version_is_told(capsys):
     ("words", "expected"),
     [
         (["sreve"], "forno: 'sreve' is not a command; did you mean `serve`?\n"),
-        (["zebra"], "forno: 'zebra' is not a command; there are serve, check, keys, predict, health and help\n"),
+        (["zebra"], "forno: 'zebra' is not a command; there are serve, fleet, check, keys, predict, health and help\n"),
         (
             ["a.txt", "--address", "x"],
             "forno: a.txt is a path, expected a command; to serve it: forno serve a.txt --address x\n",
@@ -136,7 +136,7 @@ def test_flags_win_over_the_environment_and_the_file(monkeypatch):
     monkeypatch.setenv("FORNO_SERVER__ADDRESS", "b:2")
     monkeypatch.setenv("FORNO_SERVER__DRAIN_S", "2")
     parsed = _parsed(["m.onnx", "forno.yaml"], address="c:3", sets=["server.drain_s=3"])
-    config, paths = common.resolve(parsed, ("address", "transport"))
+    config, paths = common.resolve(parsed, ("server.address", "server.transport"))
     assert (config.server.address, config.server.transport, config.server.drain_s) == ("c:3", "proxy", 3.0)
     assert paths == [Path("m.onnx")]
 

@@ -103,7 +103,10 @@ def test_anchors_and_merge_keys_work(written):
         ("adress: a:1", "forno.yaml:1: adress is not a setting; did you mean `server.address`?"),
         (
             "zebra: 1",
-            "forno.yaml:1: zebra is not a setting; the top level has server, models, endpoints, telemetry and security",
+            (
+                "forno.yaml:1: zebra is not a setting; the top level has server, models, endpoints, fleet, "
+                "telemetry and security"
+            ),
         ),
         ("address: a:1", "forno.yaml:1: address is not a setting; did you mean `server.address`?"),
         (

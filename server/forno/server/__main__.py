@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "serve": ("forno.server.cli.serve", "serve models over gRPC and REST"),
+    "fleet": ("forno.server.cli.fleet", "look at replicas, change their number, replace them"),
     "check": ("forno.server.cli.check", "load models, and say what would be served and how"),
     "keys": ("forno.server.cli.keys", "make, list and remove API keys"),
     "predict": ("forno.client._command", "call a running server once"),

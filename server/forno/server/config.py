@@ -245,6 +245,21 @@ class ServerSettings(Settings):
         return address
 
 
+class FleetSettings(Settings):
+    """Replicas: server processes behind one Envoy, the edge, on one machine."""
+
+    replicas: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
+    """How many there are at the start; 0 = one server, without an edge. `forno fleet scale` changes it at run time."""
+    affinity_header: Annotated[str, Field(pattern=r"^[a-z0-9_-]*$")] = ""
+    """Header, in lower case, whose value chooses the replica; empty = the one with the fewest calls in flight."""
+    pin_cpus: bool = True
+    """Whether each replica gets cores of its own, where there are at least as many cores as replicas."""
+    gpus: tuple[str, ...] = ()
+    """CUDA_VISIBLE_DEVICES of the replicas in turn, such as ["0", "1"]; empty = as it is in the environment."""
+    hung_after_s: Annotated[float, Field(strict=True, ge=0, le=3600)] = 10.0
+    """Seconds without an answer to a health check after which a replica is killed and started again; 0 = never."""
+
+
 class TelemetrySettings(Settings):
     """OpenTelemetry; all of it off by default."""
 
@@ -377,6 +392,8 @@ class Config(Settings):
     """Models by name."""
     endpoints: dict[str, EndpointSettings] = {}
     """Named endpoints by path, such as `spam/detect`."""
+    fleet: FleetSettings = FleetSettings()
+    """Replicas."""
     telemetry: TelemetrySettings = TelemetrySettings()
     """Traces and exported metrics."""
     security: SecuritySettings = SecuritySettings()

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from forno.server.server import Server
 
 
-def serve(config: Config, specs: Sequence[ModelSpec]) -> int:
+def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[Config, Sequence[ModelSpec]]]) -> int:
     """Serves models until SIGINT or SIGTERM, then drains.
+
+    Args:
+        config: All settings.
+        specs: The models.
+        read: Reads both again.
 
     Returns:
         Exit status.
@@ -43,6 +48,10 @@ def serve(config: Config, specs: Sequence[ModelSpec]) -> int:
     transport = config.server.transport
     if warning := why_open(config):
         print(f"forno: warning: {warning}", file=sys.stderr)  # noqa: T201
+    if config.fleet.replicas:
+        from forno.server.fleet import run  # noqa: PLC0415  (a single server needs none of it)
+
+        return run.serve(config, specs, address, read)
     if transport == "grpc":
         return _run(_serve_grpc(config, specs, address))
     if transport == "envoy":

@@ -165,9 +165,12 @@ class Server:
         gc.freeze()  # what start-up has made stays; to look for garbage in it first would take longer than it saves
         gc.enable()
 
+    def health_names(self) -> set[str]:
+        """What grpc.health.v1 is asked about: the whole server as "", the service, and each model by name."""
+        return {"", SERVICE, *(model.name for model in self.registry.models())}
+
     def _set_health(self, *, serving: bool) -> None:
-        """Tells grpc.health.v1: the whole server as "", the service, and each model by name."""
-        for name in {"", SERVICE, *(model.name for model in self.registry.models())}:
+        for name in self.health_names():
             self._health.set(name, serving=serving)
 
     def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:

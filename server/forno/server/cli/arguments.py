@@ -40,7 +40,7 @@ def resolve(arguments: argparse.Namespace, flags: Sequence[str] = ()) -> tuple[C
 
     Args:
         arguments: What was parsed.
-        flags: Settings of the server that have a flag of their own.
+        flags: Settings that have a flag of their own, such as server.address.
 
     Raises:
         ConfigError: There are two settings files, or a setting is wrong.
@@ -54,9 +54,9 @@ def resolve(arguments: argparse.Namespace, flags: Sequence[str] = ()) -> tuple[C
     if len(files) > 1:
         raise ConfigError(f"{files[0]} and {files[1]} are both settings files; expected one")
     overrides = [
-        Override(("server", name), value, f"--{name.replace('_', '-')}")
-        for name in flags
-        if (value := getattr(arguments, name)) is not None
+        Override(tuple(key.split(".")), value, f"--{name.replace('_', '-')}")
+        for key in flags
+        if (value := getattr(arguments, name := key.partition(".")[2])) is not None
     ]
     overrides += [parse_set(text) for text in arguments.sets]
     config = load(files[0] if files else None, os.environ, overrides)

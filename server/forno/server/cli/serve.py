@@ -20,10 +20,11 @@ examples:
   forno serve model.onnx
   forno serve models/ --address 0.0.0.0:8080
   forno serve forno.yaml --set server.drain_s=30
+  forno serve models/ --replicas 4
 
 exit status: 0 after a stop that was asked for, 2 where it cannot serve as asked (nothing has been served
 then)"""
-_FLAGS = ("address", "transport", "log_level")
+_FLAGS = ("server.address", "server.transport", "fleet.replicas", "server.log_level")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="envoy: inside Envoy, the fastest; proxy: behind a separate Envoy; grpc: gRPC alone, no REST "
         "(default envoy)",
     )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="so many server processes behind one Envoy, which loses no call when one of them ends; see forno fleet "
+        "(default 0: one server, nothing before it)",
+    )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
 
 
@@ -54,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from forno.server.launch import serve  # noqa: PLC0415  (while the settings are read)
 
-    return serve(*settled())
+    return serve(*settled(), lambda: _settle(arguments))
 
 
 def _settle(arguments: argparse.Namespace) -> tuple[Config, list[ModelSpec]]:

@@ -7,7 +7,7 @@ watcher's call open while the server drains, which then lasts as long as it may.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,7 +15,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forno.server.security import access
 
 if TYPE_CHECKING:
-    from forno.server.registry import Registry
+    from collections.abc import Iterable
+
+    class Named(Protocol):
+        """A model."""
+
+        @property
+        def name(self) -> str:
+            """What it is called."""
+
+    class Models(Protocol):
+        """Where names of models are known; a `Registry` is one."""
+
+        def models(self) -> Iterable[Named]:
+            """All of them."""
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -29,7 +42,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # A
         registry: Says which names are models.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Models) -> None:
         self._registry = registry
         self._serving: dict[str, bool] = {}
         self._over = False

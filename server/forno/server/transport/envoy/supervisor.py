@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +43,9 @@ class Envoy:
         address: Where to listen; its port is not 0.
         end: Makes the end of the filter chain, given the folder for its files.
         on_log: Told of each line that Envoy logs.
+        title: What the process calls itself.
+        folder: Where its files go; None = a new folder for temporary files. It ends with the process.
+        inner: Whether it is behind an edge of ours.
     """
 
     def __init__(
@@ -50,22 +54,29 @@ class Envoy:
         address: Address,
         end: Callable[[Path], End],
         on_log: Callable[[str], None],
+        *,
+        title: str = "forno: server",
+        folder: Path | None = None,
+        inner: bool = False,
     ) -> None:
-        self._folder, self._lock = folders.make()
+        self._folder, self._lock = folders.make() if folder is None else (folder, -1)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         self._admin = self._folder / "admin.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._config = config
         self._on_log = on_log
         self._address = address
         tls = config.security.tls
-        self._secrets = doors.Secrets(tls, self._folder) if tls.certificate_file else None
+        self._secrets = doors.Secrets(tls, self._folder) if tls.certificate_file and not inner else None
+        self._title = title
         listener = bootstrap.Listener(
             address,
             self._admin,
             config.server.max_message_bytes,
             config.server.socket_mode,
-            security=config.security,
+            security=None if inner else config.security,
             secrets=self._folder if self._secrets else None,
+            inner=inner,
         )
         self._bootstrap = self._folder / "envoy.json"
         self._bootstrap.touch(mode=0o600)
@@ -76,19 +87,29 @@ class Envoy:
         """A private folder that goes with the process."""
         return self._folder
 
-    def start(self, environment: dict[str, str], keep: Sequence[int] = (), dies_with_us: bool = False) -> None:
+    def start(
+        self,
+        environment: dict[str, str],
+        keep: Sequence[int] = (),
+        dies_with_us: bool = False,
+        group: int = 0,
+    ) -> subprocess.Popen[bytes]:
         """Starts the process.
 
         Args:
             environment: Added to ours.
             keep: Descriptors that it inherits.
             dies_with_us: Whether the kernel ends it when the thread that calls this dies, where it can (Linux).
+            group: The process group that it joins; 0 = one of its own. Never ours: ^C is for us, who drain first.
+
+        Returns:
+            The process.
         """
         if self._secrets:
             self._secrets.start()
         read_end, write_end = os.pipe()
         command = [
-            *("forno: server", "-c", str(self._bootstrap), "--disable-hot-restart"),
+            *(self._title, "-c", str(self._bootstrap), "--disable-hot-restart"),
             *("--concurrency", str(self._config.server.envoy_threads)),
             # "main" warns of each signal that ends it: that is us.
             *("-l", "warning", "--component-log-level", "main:error"),
@@ -98,13 +119,14 @@ class Envoy:
             command,
             executable=binary(),
             env={**os.environ, **environment},
-            pass_fds=(*keep, self._lock, write_end),
-            start_new_session=True,  # ^C is for us: we drain before it ends
+            pass_fds=(*keep, *([self._lock] if self._lock >= 0 else ()), write_end),
+            process_group=group,
             preexec_fn=_die_with_parent() if dies_with_us else None,  # noqa: PLW1509  (it only makes a system call)
         )
         os.close(write_end)
         threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True).start()
         folders.remove_stale()
+        return self._process
 
     @property
     def pid(self) -> int:
@@ -115,15 +137,19 @@ class Envoy:
         """Exit status, or None while it runs."""
         return self._process.poll() if self._process else None
 
+    def wait(self) -> int | None:
+        """Exit status, when it has ended."""
+        return self._process.wait() if self._process else None
+
     def wait_answered(self, limit_s: float) -> None:
         """Returns when every answer has left for its client, or after `limit_s`."""
         end = time.monotonic() + limit_s
-        while time.monotonic() < end and self._active_requests():
+        while time.monotonic() < end and self.active_requests():
             time.sleep(0.02)
 
     def stop_listening(self) -> None:
         """Accepts no more connections, and asks clients to leave those that they have."""
-        self._ask("POST", "/drain_listeners?graceful&skip_exit")
+        self.ask("POST", "/drain_listeners?graceful&skip_exit")
 
     def close(self) -> None:
         """Ends the process and removes its files."""
@@ -141,13 +167,17 @@ class Envoy:
         if self._lock >= 0:
             folders.remove(self._folder, self._lock)
             self._lock = -1
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _active_requests(self) -> int:
-        text = self._ask("GET", f"/stats?filter=^http.{bootstrap.STAT_PREFIX}.downstream_rq_active$")
+    def active_requests(self) -> int:
+        """Calls that callers wait for."""
+        text = self.ask("GET", f"/stats?filter=^http.{bootstrap.STAT_PREFIX}.downstream_rq_active$")
         _, _, value = text.partition(":")
         return int(value) if value.strip().isdigit() else 0
 
-    def _ask(self, method: str, path: str) -> str:
+    def ask(self, method: str, path: str) -> str:
+        """What Envoy's administration interface answers; empty if Envoy has just ended."""
         from forno.server.transport.envoy import admin  # noqa: PLC0415  (needed when it ends, not to start)
 
         return admin.ask(self._admin, method, path)
@@ -206,6 +236,16 @@ def libpython() -> str | None:
     return find_libpython()
 
 
+def interpreter_environment() -> dict[str, str]:
+    """What an Envoy needs in its environment to start the interpreter inside."""
+    return {
+        "LD_PRELOAD": ":".join(filter(None, (libpython(), os.environ.get("LD_PRELOAD")))),
+        "FORNO_PYTHON": sys.executable,
+        # Nothing here multiplies matrices, and each thread that could costs start-up time and memory.
+        "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1"),
+    }
+
+
 def serve_inside(
     config: Config, specs: Sequence[ModelSpec], address: Address, on_log: Callable[[str], None]
 ) -> tuple[int, str]:
@@ -220,16 +260,12 @@ def serve_inside(
     signals = _Signals()
     try:
         envoy.start(
-            {
-                "LD_PRELOAD": ":".join(filter(None, (libpython(), os.environ.get("LD_PRELOAD")))),
-                "FORNO_PYTHON": sys.executable,
-                # Nothing here multiplies matrices, and each thread that could costs start-up time and memory.
-                "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1"),
-            },
+            interpreter_environment(),
             keep=[theirs.fileno()],
         )
         theirs.close()
-        _hand_over(ours, (config, specs, str(address)))
+        with contextlib.suppress(OSError):  # it has ended already, which is seen to later
+            ours.sendall(packed({"config": config, "specs": specs, "address": str(address), "rest": True}))
         return _supervise(config, envoy, ours, signals)
     finally:
         signals.restore()
@@ -237,11 +273,10 @@ def serve_inside(
         envoy.close()
 
 
-def _hand_over(control: socket.socket, what: object) -> None:
-    """Sends what `inside.py` waits for: a pickle, after its size."""
+def packed(what: object) -> bytes:
+    """What `inside.py` reads first: a pickle, after its size."""
     data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
-    with contextlib.suppress(OSError):  # it has ended already, which is seen to later
-        control.sendall(len(data).to_bytes(8, "little") + data)
+    return len(data).to_bytes(8, "little") + data
 
 
 def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _Signals) -> tuple[int, str]:
