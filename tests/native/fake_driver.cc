@@ -181,7 +181,8 @@ CALL cuMemsetD8Async(char* to, unsigned char value, std::size_t bytes, void* str
 }
 CALL cuModuleLoadDataEx(void** out, const char* image, unsigned, int*, void**) {
   NEEDS_CONTEXT
-  if (std::memcmp(image, "\x7f" "ELF", 4) != 0) return 200;  // invalid image
+  const bool is_cubin = std::memcmp(image, "\x7f" "ELF", 4) == 0, is_fatbin = std::memcmp(image, "\x50\xed\x55\xba", 4) == 0;
+  if (!is_cubin && !is_fatbin) return 200;  // invalid image
   return *out = handle(state.modules), kSuccess;
 }
 CALL cuModuleLoadData(void** out, const char* image) { return cuModuleLoadDataEx(out, image, 0, nullptr, nullptr); }

@@ -47,5 +47,5 @@ def test_wheel_with_the_native_module_is_for_this_platform_only(root: Path, tmp_
 def test_source_archive_builds_from_itself(root: Path, tmp_path: Path) -> None:
     with tarfile.open(build(root, "sdist", tmp_path)) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"hatch_build.py", "tools/build_native.py", "pyproject.toml", "LICENSE"} <= names
+    assert {"hatch_build.py", "tools/build_kernels.py", "tools/build_native.py", "pyproject.toml", "LICENSE"} <= names
     assert [name for name in names if name.endswith(".so")] == []

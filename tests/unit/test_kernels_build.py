@@ -8,6 +8,7 @@ import subprocess
 from ctypes import c_int32
 from pathlib import Path
 
+import build_kernels
 import pytest
 
 from forno.kernels import build
@@ -40,6 +41,14 @@ def nvrtc_obstacle() -> str:
     return ""
 
 
+@pytest.fixture(autouse=True)
+def prebuilt_place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built here before is of no interest."""
+    folder = tmp_path_factory.mktemp("prebuilt")
+    for name in ("PREBUILT", "PREBUILT_FOR"):
+        monkeypatch.setattr(build, name, folder / name)
+
+
 @pytest.mark.skipif(bool(nvrtc_obstacle()), reason=nvrtc_obstacle())
 class TestForGpus:
     @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -69,6 +78,32 @@ class TestForGpus:
         assert build.kernels_for("sm_90", tmp_path) == first
         with pytest.raises(AssertionError, match="built again"):
             build.kernels_for("sm_80", tmp_path)
+
+
+class TestPrebuilt:
+    """Packages that were built where there was nvcc bring a file for all GPUs."""
+
+    def test_it_is_taken_only_if_it_is_of_these_sources(self, tmp_path: Path) -> None:
+        assert build.prebuilt() is None
+        build.PREBUILT.write_bytes(b"for all GPUs")
+        build.PREBUILT_FOR.write_text(build.prebuilt_fingerprint())
+        assert build.kernels_for("sm_90", tmp_path) == b"for all GPUs"
+        build.PREBUILT_FOR.write_text("other sources")
+        assert build.prebuilt() is None
+
+    def test_without_nvcc_there_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert "there is no nvcc" in build_kernels.build()
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not build_kernels.nvcc(), reason="there is no nvcc")
+    def test_nvcc_builds_every_kernel(self) -> None:
+        assert "kernels built for compute capabilities 75, 80" in build_kernels.build()
+        ready = build.prebuilt()
+        assert ready is not None
+        assert all(name.encode() in ready for name in NAMES)
+        assert build_kernels.build() == "kernels for GPUs are current"
 
 
 @needs_compiler

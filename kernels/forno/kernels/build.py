@@ -1,7 +1,8 @@
 """Builds the kernels for a device, from the sources that ship with the package, and keeps what was built.
 
-For a GPU that is NVRTC's work, which needs no GPU and takes about a second; for the CPU, that of a C++ compiler. Built
-kernels are kept in a folder of the user's cache under a name that says all they depend on.
+For a GPU that is NVRTC's work, which needs no GPU and takes about a second, unless the package brings them built; for
+the CPU, that of a C++ compiler. Built kernels are kept in a folder of the user's cache under a name that says all they
+depend on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from forno.kernels.devices import DeviceUnavailable
 log = logging.getLogger("forno.kernels")
 
 SOURCES = Path(__file__).parent / "source"
-_MAIN = "forno.cu"
+MAIN = "forno.cu"
+PREBUILT = Path(__file__).parent / "_kernels.fatbin"
+"""For many GPUs in one file; in packages that were built where there was nvcc."""
+PREBUILT_FOR = Path(__file__).parent / "_kernels.for"  # the sources that it was built from
 _SUFFIXES = {".cu", ".cuh", ".h"}
 _CPU_OPTIONS = (
     "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-Wno-unknown-pragmas", "-x", "c++",
@@ -45,6 +49,8 @@ def kernels_for(architecture: str, cache: Path | None = None) -> bytes:
         DeviceUnavailable: There is nothing to build them with; the text says what to install.
         BuildFailed: The compiler refused them.
     """
+    if architecture != "cpu" and (ready := prebuilt()) is not None:
+        return ready
     build, builder = (_built_for_cpu, _cpu_builder()) if architecture == "cpu" else (_built_for_gpu, _gpu_builder())
     folder = cache or default_cache()
     file = folder / f"{architecture}-{_fingerprint(builder)}"
@@ -57,6 +63,19 @@ def kernels_for(architecture: str, cache: Path | None = None) -> bytes:
     except OSError as error:
         log.warning("kernels are built anew at every start, since they cannot be kept in %s: %s", folder, error)
     return binary
+
+
+def prebuilt() -> bytes | None:
+    """The kernels for many GPUs, if this package has them and they are of the sources as they are."""
+    try:
+        return PREBUILT.read_bytes() if PREBUILT_FOR.read_text() == prebuilt_fingerprint() else None
+    except OSError:
+        return None
+
+
+def prebuilt_fingerprint() -> str:
+    """Says from what PREBUILT must have been built."""
+    return _fingerprint("nvcc")
 
 
 def default_cache() -> Path:
@@ -88,7 +107,7 @@ def compiled(architecture: str, options: tuple[str, ...] = ()) -> tuple[bytes, s
         BuildFailed: It refused the source.
     """
     nvrtc = _nvrtc()
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram((SOURCES / _MAIN).read_bytes(), _MAIN.encode(), 0, [], []))
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram((SOURCES / MAIN).read_bytes(), MAIN.encode(), 0, [], []))
     try:
         given = [text.encode() for text in (f"--gpu-architecture={architecture}", *_GPU_OPTIONS, *options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
@@ -126,7 +145,7 @@ def _built_for_gpu(architecture: str) -> bytes:
 def _built_for_cpu(_architecture: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="forno-kernels-") as folder:
         target = Path(folder) / "kernels.so"
-        command = [*compiler(), *_CPU_OPTIONS, str(SOURCES / _MAIN), "-o", str(target)]
+        command = [*compiler(), *_CPU_OPTIONS, str(SOURCES / MAIN), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (the user's compiler)
         if done.returncode != 0:
             raise BuildFailed(f"{command[0]} cannot build the kernels: {done.stderr.strip()}")
