@@ -1,7 +1,7 @@
 """The edge: one Envoy on the public address, which spreads calls over the replicas and hides their comings and goings.
 
 What is here was found to lose no call when replicas are killed, stopped and replaced; each setting that had to be so
-says why. docs/decisions/0005-replicas-behind-an-edge.md has the measurements.
+says why. docs/decisions/0008-replicas-behind-an-edge.md has the measurements.
 """
 
 from __future__ import annotations
