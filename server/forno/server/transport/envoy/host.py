@@ -188,7 +188,9 @@ class EnvoyHost:
             for reply in replies:
                 self._end_reply(reply, grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
             return
-        if self._guard is None:
+        if self._guard is None or method.need is None:
+            if self._guard:  # whoever came before in this turn is not the caller now
+                access.CURRENT.set(None)
             self._hand_to(method, key, replies)
             return
         for reply in replies:  # each has a caller of its own
