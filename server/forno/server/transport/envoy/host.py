@@ -189,13 +189,11 @@ class EnvoyHost:
                 self._end_reply(reply, grpc.StatusCode.UNAVAILABLE, "the server is shutting down", ())
             return
         if self._guard is None or method.need is None:
-            if self._guard:  # whoever came before in this turn is not the caller now
-                access.CURRENT.set(None)
+            access.CURRENT.set(None)  # whoever came before in this turn is not the caller now
             self._hand_to(method, key, replies)
             return
         for reply in replies:  # each has a caller of its own
-            call = reply.call
-            if call is not None and isinstance(running := self.live.get(call), Running):
+            if reply.call and isinstance(running := self.live.get(reply.call), Running):
                 access.CURRENT.set(running.principal)
                 self._hand_to(method, key, (reply,))
                 running.principal = access.CURRENT.get()
