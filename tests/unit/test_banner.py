@@ -68,7 +68,7 @@ def body(command: str) -> object:
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_grpcurl_sends_what_the_signature_takes(name):
     takes = SIGNATURES[name]
-    command = examples.of_model("127.0.0.1:8080", "m", takes, rest=True).grpcurl
+    command = examples.of_model(examples.Door("127.0.0.1:8080"), "m", takes, rest=True).grpcurl
     assert command.endswith(" 127.0.0.1:8080 forno.v1.Predictor/Predict")
     request = json_format.ParseDict(body(command), predictor_pb2.PredictRequest())
     specs = {spec.name: spec for spec in takes.inputs}
@@ -83,7 +83,7 @@ def test_grpcurl_sends_what_the_signature_takes(name):
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_curl_sends_what_the_signature_takes(name):
     takes = SIGNATURES[name]
-    command = examples.of_model("127.0.0.1:8080", "m", takes, rest=True).curl
+    command = examples.of_model(examples.Door("127.0.0.1:8080"), "m", takes, rest=True).curl
     assert "http://127.0.0.1:8080/v1/models/m:predict" in shlex.split(command)
     sent = body(command)
     if not takes.batched:
@@ -111,7 +111,7 @@ def test_python_gives_the_client_what_the_signature_takes(name, monkeypatch):
             return SimpleNamespace(outputs={})
 
     monkeypatch.setattr("forno.client.Client", Client)
-    text = examples.of_model("[::1]:80", "m", takes, rest=False).python
+    text = examples.of_model(examples.Door("[::1]:80"), "m", takes, rest=False).python
     exec(compile(text, "example", "exec"), {})
     address, (model, inputs) = calls
     assert (address, model) == ("[::1]:80", "m")
@@ -138,14 +138,26 @@ def test_python_gives_the_client_what_the_signature_takes(name, monkeypatch):
 )
 def test_endpoints_are_called_in_the_form_of_their_codec(settings, takes, expected):
     endpoint = EndpointSettings(model="m", input=settings)
-    assert examples.of_endpoint("h:1", "a/b", endpoint, takes) == expected
+    assert examples.of_endpoint(examples.Door("h:1"), "a/b", endpoint, takes) == expected
 
 
 def test_a_server_on_a_socket_is_called_there():
-    calls = examples.of_model("unix:/run/a.sock", "spam", SPAM, rest=True)
+    calls = examples.of_model(examples.Door("unix:/run/a.sock"), "spam", SPAM, rest=True)
     assert calls.curl.startswith("curl -s --unix-socket /run/a.sock http://localhost/v1/models/spam:predict -d ")
     assert calls.grpcurl.endswith(" -unix /run/a.sock forno.v1.Predictor/Predict")
     assert 'Client("unix:/run/a.sock")' in calls.python
+
+
+def test_a_server_with_tls_and_credentials_is_called_with_both():
+    calls = examples.of_model(examples.Door("h:1", tls=True, credential=True), "spam", SPAM, rest=True)
+    show = '-H "authorization: Bearer $FORNO_CREDENTIAL"'
+    assert calls.curl.startswith(f"curl -s {show} https://h:1/v1/models/spam:predict -d ")
+    assert calls.grpcurl.startswith(f"grpcurl {show} -d ")
+    assert "-plaintext" not in calls.grpcurl
+    assert calls.python.startswith(
+        "import os\nfrom forno.client import Client, Tls\n"
+        'client = Client("h:1", credential=os.environ["FORNO_CREDENTIAL"], tls=Tls())\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +237,7 @@ def test_progress_is_one_line_a_model():
 
 def test_open_dimensions_have_sizes_that_have_passed():
     takes = signature(TensorSpec("picture", np.dtype("u1"), (-1, -1, -1)), batched=True)
-    command = examples.of_model("h:1", "m", takes, rest=True, shapes=((1, 2, 3),)).curl
+    command = examples.of_model(examples.Door("h:1"), "m", takes, rest=True, shapes=((1, 2, 3),)).curl
     assert body(command) == {"instances": [[[0, 0, 0], [0, 0, 0]]]}
     told = banner.render("h:1", True, [Shown("m", takes, example_shapes=((1, 2, 3),))])
     assert "[[0, 0, 0], [0, 0, 0]]" in told

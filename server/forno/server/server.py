@@ -119,7 +119,19 @@ class Server:
                 self._address = f"{self._address.rpartition(':')[0]}:{port}"
             colour = sys.stdout.isatty()
             models, named = self.registry.models(), self._endpoints.values()
-            self._show(banner.render(self._address, self._rest, models, named, colour, settings=self._config.endpoints))
+            security = self._config.security
+            self._show(
+                banner.render(
+                    self._address,
+                    self._rest,
+                    models,
+                    named,
+                    colour,
+                    settings=self._config.endpoints,
+                    tls=security.tls.certificate_file is not None,
+                    credential=bool(security.keys_file or security.jwt.jwks_file) and not security.anonymous,
+                )
+            )
             on_ready()
             await self._stop.wait()
         finally:

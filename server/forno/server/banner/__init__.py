@@ -67,6 +67,9 @@ def render(
     endpoints: Iterable[Named] = (),
     colour: bool = False,
     settings: Mapping[str, EndpointSettings] | None = None,
+    *,
+    tls: bool = False,
+    credential: bool = False,
 ) -> str:
     """What is served, where, and calls to try.
 
@@ -77,6 +80,8 @@ def render(
         endpoints: The named endpoints.
         colour: Whether the text goes to a terminal that shows colours.
         settings: What the configuration says of the endpoints; those in it get a call to try.
+        tls: Whether callers must speak TLS.
+        credential: Whether callers must show a credential.
     """
     bold, dim, plain = (_BOLD, _DIM, _PLAIN) if colour else ("", "", "")
     count = f"{len(models)} model{'' if len(models) == 1 else 's'}"
@@ -93,22 +98,21 @@ def render(
         ]
     lines += [f"  {bold}{item.name:<{width}}{plain}  endpoint of {item.model_name}" for item in named]
     if models:
-        calls = _calls(examples.reachable(address), rest, models, settings or {})
+        calls = _calls(examples.Door(examples.reachable(address), tls, credential), rest, models, settings or {})
         lines += ["", f"{dim}Try it:{plain}", *(line for call in calls for line in ("", call))]
     return "\n".join([*lines, ""])
 
 
 def _calls(
-    address: str, rest: bool, models: Sequence[Served], endpoints: Mapping[str, EndpointSettings]
+    door: examples.Door, rest: bool, models: Sequence[Served], endpoints: Mapping[str, EndpointSettings]
 ) -> Iterator[str]:
     """Calls of each endpoint, and of the model that is easiest to call; not indented, to be copied whole."""
     if rest:
         for name, settings in endpoints.items():
             for model in [model for model in models if model.name == settings.model][:1]:
-                yield examples.of_endpoint(address, name, settings, model.signature, model.example_shapes)
+                yield examples.of_endpoint(door, name, settings, model.signature, model.example_shapes)
     every = [
-        examples.of_model(address, model.name, model.signature, rest=rest, shapes=model.example_shapes)
-        for model in models
+        examples.of_model(door, model.name, model.signature, rest=rest, shapes=model.example_shapes) for model in models
     ]
     best = min(every, key=lambda example: len(example.grpcurl))
     yield from (call for call in (best.curl, best.grpcurl, best.python) if call)

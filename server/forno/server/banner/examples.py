@@ -21,10 +21,52 @@ if TYPE_CHECKING:
     from forno.server.config import EndpointSettings
     from forno.server.signature import Signature, TensorSpec
 
+CREDENTIAL = "FORNO_CREDENTIAL"
 TEXT = "win a free prize now"
 _MOST_WRITTEN_OUT = 16
 _ELEMENTS: dict[str, Any] = {"O": TEXT, "b": False, "i": 0, "u": 0}  # by kind of dtype; others are 0.0
 _ARMS = {row.name: row.typed for row in tensors.TABLE}
+
+
+@dataclass(frozen=True)
+class Door:
+    """How callers come in."""
+
+    address: str
+    """HOST:PORT that a caller can reach, or unix:PATH."""
+    tls: bool = False
+    """Whether the connection is encrypted."""
+    credential: bool = False
+    """Whether callers show one; the calls take it from the environment, as `forno predict` does."""
+
+    def curl(self, path: str) -> str:
+        """The beginning of a call of that path."""
+        scheme = "https" if self.tls else "http"
+        show = f' -H "authorization: Bearer ${CREDENTIAL}"' if self.credential else ""
+        if self.address.startswith(UNIX):
+            socket = shlex.quote(self.address.removeprefix(UNIX))
+            return f"curl -s{show} --unix-socket {socket} {shlex.quote(f'{scheme}://localhost/v1/{path}')}"
+        return f"curl -s{show} {shlex.quote(f'{scheme}://{self.address}/v1/{path}')}"
+
+    def grpcurl(self, data: str) -> str:
+        """A whole call of Predict."""
+        options = "" if self.tls else " -plaintext"
+        if self.credential:
+            options += f' -H "authorization: Bearer ${CREDENTIAL}"'
+        to = shlex.quote(self.address)
+        if self.address.startswith(UNIX):
+            to = f"-unix {shlex.quote(self.address.removeprefix(UNIX))}"
+        return f"grpcurl{options} -d {data} {to} forno.v1.Predictor/Predict"
+
+    def python(self) -> str:
+        """What makes a client."""
+        imports, arguments = "", _source(self.address)
+        if self.credential:
+            imports, arguments = "import os\n", f'{arguments}, credential=os.environ["{CREDENTIAL}"]'
+        names = "Client"
+        if self.tls:
+            names, arguments = "Client, Tls", f"{arguments}, tls=Tls()"
+        return f"{imports}from forno.client import {names}\nclient = Client({arguments})\n"
 
 
 @dataclass(frozen=True)
@@ -59,12 +101,12 @@ class _Fill:
 
 
 def of_model(
-    address: str, name: str, signature: Signature, *, rest: bool, shapes: Sequence[tuple[int, ...]] = ()
+    door: Door, name: str, signature: Signature, *, rest: bool, shapes: Sequence[tuple[int, ...]] = ()
 ) -> Examples:
     """Calls of one model.
 
     Args:
-        address: HOST:PORT that a caller can reach, or unix:PATH.
+        door: How callers come in.
         name: The model's name.
         signature: What it takes.
         rest: Whether REST is served.
@@ -76,35 +118,25 @@ def of_model(
         "model": name,
         "inputs": [_tensor(spec, fills[spec.name]) for spec in signature.inputs],
     }
-    to, method = shlex.quote(address), "forno.v1.Predictor/Predict"
-    if address.startswith(UNIX):
-        to = f"-unix {shlex.quote(address.removeprefix(UNIX))}"
-    python = (
-        "from forno.client import Client\n"
-        f"client = Client({_source(address)})\n"
-        f"print(client.predict({_source(name)}, {_source(fills)}).outputs)"
-    )
     return Examples(
-        _curl(address, f"models/{name}:predict", _rest(signature, fills), long=long) if rest else "",
-        _piped(message, f"grpcurl -plaintext -d @ {to} {method}")
-        if long
-        else f"grpcurl -plaintext -d {shlex.quote(_json(message))} {to} {method}",
-        python,
+        _curl(door, f"models/{name}:predict", _rest(signature, fills), long=long) if rest else "",
+        _piped(message, door.grpcurl("@")) if long else door.grpcurl(shlex.quote(_json(message))),
+        f"{door.python()}print(client.predict({_source(name)}, {_source(fills)}).outputs)",
     )
 
 
 def of_endpoint(
-    address: str, name: str, settings: EndpointSettings, signature: Signature, shapes: Sequence[tuple[int, ...]] = ()
+    door: Door, name: str, settings: EndpointSettings, signature: Signature, shapes: Sequence[tuple[int, ...]] = ()
 ) -> str:
     """A call with curl of an endpoint, in the form that its input codec reads."""
     match settings.input.get("codec", "tensors"):
         case "text":
-            return _curl(address, name, {settings.input.get("field", "text"): TEXT}, long=False)
+            return _curl(door, name, {settings.input.get("field", "text"): TEXT}, long=False)
         case "image":
-            return f"curl -s {_url(address, name)} -H 'content-type: image/png' --data-binary @image.png"
+            return f"{door.curl(name)} -H 'content-type: image/png' --data-binary @image.png"
         case _:
             fills = _fills(signature, shapes)
-            return _curl(address, name, _rest(signature, fills), long=_is_long(fills))
+            return _curl(door, name, _rest(signature, fills), long=_is_long(fills))
 
 
 def reachable(address: str) -> str:
@@ -142,16 +174,9 @@ def _tensor(spec: TensorSpec, fill: _Fill) -> dict[str, Any]:
     return {"name": spec.name, **shape, _ARMS[tensors.name_of(spec.dtype)]: values}
 
 
-def _curl(address: str, path: str, body: Any, *, long: bool) -> str:
-    url = _url(address, path)
-    return _piped(body, f"curl -s {url} -d @-") if long else f"curl -s {url} -d {shlex.quote(_json(body))}"
-
-
-def _url(address: str, path: str) -> str:
-    """The URL as curl takes it, with the socket where it is not a port that is listened on."""
-    if address.startswith(UNIX):
-        return f"--unix-socket {shlex.quote(address.removeprefix(UNIX))} {shlex.quote(f'http://localhost/v1/{path}')}"
-    return shlex.quote(f"http://{address}/v1/{path}")
+def _curl(door: Door, path: str, body: Any, *, long: bool) -> str:
+    call = door.curl(path)
+    return _piped(body, f"{call} -d @-") if long else f"{call} -d {shlex.quote(_json(body))}"
 
 
 def _piped(body: Any, command: str) -> str:
