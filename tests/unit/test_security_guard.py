@@ -213,6 +213,27 @@ def test_a_client_has_its_own_limit(file):
     guard.admit("predict", shown(slow), PEER)
 
 
+def test_items_of_a_caller_without_a_credential_count_against_its_address():
+    guard = guard_of({"rate_limit": {"calls_per_s": 1, "burst": 3}})
+    streams = [guard.admit("predict", "", peer) for peer in ("10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:1")]
+    streams[0].next_item()
+    for stream in streams[:2]:
+        with pytest.raises(RateLimited):
+            stream.next_item()
+    streams[2].next_item()
+
+
+def test_a_stream_sees_a_change_of_the_keys_though_no_other_call_comes(file):
+    clock = Clock()
+    key = keys.add(file, "one", ["predict"])
+    principal = guard_of({"keys_file": str(file)}, clock).admit("predict", shown(key), PEER)
+    keys.remove(file, "one")
+    assert principal.next_item() is principal  # files are looked at once a second
+    clock.us += SECOND_US
+    with pytest.raises(Unauthenticated):
+        principal.next_item()
+
+
 def test_certificates_grant_by_their_names():
     guard = guard_of(
         {

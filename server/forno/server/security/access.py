@@ -28,11 +28,18 @@ MISSING = "this call needs a credential: send `x-api-key: KEY` or `authorization
 
 
 class Epoch:
-    """The time from one change of the files that say who is who to the next."""
+    """The time from one change of the files that say who is who to the next.
 
-    __slots__ = ("over",)
+    Args:
+        look: Looks at the files, and ends this epoch if they have changed. Told the monotonic time.
+        look_at_us: When it is time for that.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("look", "look_at_us", "over")
+
+    def __init__(self, look: Callable[[int], object], look_at_us: int) -> None:
+        self.look = look
+        self.look_at_us = look_at_us
         self.over = False
 
 
@@ -100,6 +107,8 @@ class Principal:
             FornoError: The credential is not valid any more, or covers no models, or is over its limit.
         """
         now_us = self._clock_us()
+        if now_us >= self._epoch.look_at_us and not self._epoch.over:  # there may be no calls but this one
+            self._epoch.look(now_us)
         if self.ended(now_us) and self.again is not None:
             return self.again()
         if self.bucket is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from forno.server.clock import clock_us as monotonic_us
@@ -89,8 +90,7 @@ class Guard:
         self._buckets = Buckets()
         self._failures = Buckets()
         self._known: OrderedDict[str, Principal] = OrderedDict()
-        self._epoch = Epoch()
-        self._look_at_us = 0
+        self._epoch = Epoch(self._look, 0)
         self._keys = self._tokens = None
         if settings.keys_file:
             from forno.server.security import keys  # noqa: PLC0415  (10 ms of a start that has none)
@@ -165,7 +165,7 @@ class Guard:
         if self._supervisor is not None and f"{PEER}\0" not in credential:
             return self._supervisor
         now_us = self._clock_us()
-        if now_us >= self._look_at_us:
+        if now_us >= self._epoch.look_at_us:
             self._look(now_us)
         principal = self._known.get(credential)
         if principal is None or principal.ended(now_us):
@@ -175,21 +175,28 @@ class Guard:
                 raise principal.refusal("models or endpoints")
         elif not principal.may(need):
             raise principal.refusal(f"{need} methods")
-        bucket = principal.bucket
         if principal.anonymous and self._limited:
-            limit = self._settings.rate_limit
-            bucket = self._buckets.of(_address(credential, peer), limit.calls_per_s, limit.burst)
-        if bucket is not None:
-            bucket.take(now_us)
+            principal = self._limited_at(principal, credential, peer)
+        if principal.bucket is not None:
+            principal.bucket.take(now_us)
+        return principal
+
+    def _limited_at(self, nobody: Principal, credential: str, peer: str) -> Principal:
+        """A caller without a credential, as its address: what it sends on a stream counts against that one's limit."""
+        limit = self._settings.rate_limit
+        principal = copy(nobody)
+        principal.bucket = self._buckets.of(_address(credential, peer), limit.calls_per_s, limit.burst)
+        principal.again = lambda: self.admit(methods.LOOKUP, credential, peer)
         return principal
 
     def _look(self, now_us: int) -> bool:
         """Forgets who is who where a file has changed; whether one has."""
-        self._look_at_us = now_us + LOOK_US
+        self._epoch.look_at_us = now_us + LOOK_US
         changed = [watched.refresh() for watched in (self._keys, self._tokens) if watched is not None]
         if any(changed):
             self._known.clear()
-            self._epoch.over, self._epoch = True, Epoch()  # streams that go on ask anew at their next item
+            self._epoch.over = True  # streams that go on ask anew at their next item
+            self._epoch = Epoch(self._look, now_us + LOOK_US)
         return any(changed)
 
     def _identify(self, credential: str, peer: str, now_us: int) -> Principal:
