@@ -31,6 +31,12 @@ DESCRIPTORS = Path(__file__).parent / "forno.pb"
 REST_SERVICES = ("forno.v1.Predictor", "forno.v1.Rest")
 STAT_PREFIX = "forno"
 
+STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES = 8 * 1024 * 1024, 32 * 1024 * 1024
+"""What a client may send of one request, and of all on its connection, before it hears that it was read. A tensor of
+some megabytes then comes without a pause: with 1 MiB, its sender waited for Envoy several times while others' requests
+were read. Unary requests are taken in as they come, up to the message limit whatever the windows are. Of a stream that
+is not read, this is what a client can leave in Envoy beyond the host's own limit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listener:
@@ -138,8 +144,8 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "request_headers_timeout": "30s",
         "http2_protocol_options": {
             "max_concurrent_streams": 10_000,
-            "initial_stream_window_size": 1024 * 1024,
-            "initial_connection_window_size": 16 * 1024 * 1024,
+            "initial_stream_window_size": STREAM_WINDOW_BYTES,
+            "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
             # Streams of small messages to a client that falls behind; what waits is bounded in bytes, see above.
             "max_outbound_frames": 10_000_000,
         },
