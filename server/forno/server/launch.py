@@ -6,6 +6,7 @@ Kept light: with servicers inside Envoy this process never imports gRPC, NumPy o
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from forno.server import logs
 from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.security.exposure import why_open
-from forno.server.transport.envoy import supervisor
+from forno.server.transport.envoy import ceilings, supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from forno.server.config import Config
     from forno.server.repository import ModelSpec
     from forno.server.server import Server
+
+log = logging.getLogger("forno")
 
 
 def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[Config, Sequence[ModelSpec]]]) -> int:
@@ -46,12 +49,13 @@ def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[C
     if config.security.admin_address:
         _claimed(config.security.admin_address, "security.admin_address")
     transport = config.server.transport
-    if warning := why_open(config):
+    for warning in filter(None, (why_open(config), ceilings.raise_open_files(config.server.max_connections))):
         print(f"forno: warning: {warning}", file=sys.stderr)  # noqa: T201
     if config.fleet.replicas:
         from forno.server.fleet import run  # noqa: PLC0415  (a single server needs none of it)
 
         return run.serve(config, specs, address, read)
+    _outlive_hangups()
     if transport == "grpc":
         return _run(_serve_grpc(config, specs, address))
     if transport == "envoy":
@@ -63,6 +67,16 @@ def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[C
             return status
         print(f"forno: {reason}; serving with --transport proxy instead, which is slower", file=sys.stderr)  # noqa: T201
     return _run(_serve_proxy(config, specs, address))
+
+
+def _outlive_hangups() -> None:
+    """Has SIGHUP, which replaces replicas where there are some, end nothing where there are none."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _on_hangup)
+
+
+def _on_hangup(*_: object) -> None:
+    log.warning("SIGHUP changes nothing here: only a server with --replicas reads its settings again")
 
 
 def _run(main: Coroutine[Any, Any, None]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +28,20 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Every setting, section by section; NAME stands for a name of the user's."""
-    return [*_section(config.Config, "", _documentation())]
+    return [*_section(config.Config, "")]
 
 
-def _section(settings: type[config.Settings], prefix: str, texts: dict[str, dict[str, str]]) -> Iterator[Entry]:
+def _section(settings: type[config.Settings], prefix: str) -> Iterator[Entry]:
+    texts = _documentation(settings.__module__)[settings.__name__]
     for key, field in settings.model_fields.items():
         held = shape.entries(field.annotation)
         inner = shape.section(field.annotation) or shape.section(held)
         path = f"{prefix}{key}"
         if inner is not None:
-            yield from _section(inner, f"{path}." if held is None else f"{path}.NAME.", texts)
+            yield from _section(inner, f"{path}." if held is None else f"{path}.NAME.")
             continue
         default = "required" if field.is_required() else _yaml(field.default)
-        yield Entry(path, shape.expected(field.annotation, field.metadata), default, texts[settings.__name__][key])
+        yield Entry(path, shape.expected(field.annotation, field.metadata), default, texts[key])
 
 
 def _yaml(value: Any) -> str:
@@ -55,10 +58,11 @@ def _yaml(value: Any) -> str:
             return str(value)
 
 
-def _documentation() -> dict[str, dict[str, str]]:
-    """Class -> field -> the text below it in the source."""
+@functools.cache
+def _documentation(module: str) -> dict[str, dict[str, str]]:
+    """Class of the module -> field -> the text below it in the source."""
     texts: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if isinstance(node, ast.ClassDef):
             fields = texts.setdefault(node.name, {})
             for field, text in zip(node.body, node.body[1:], strict=False):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from forno.server.address import Address
 from forno.server.errors import ConfigError
-from forno.server.transport.envoy import doors, replies
+from forno.server.transport.envoy import ceilings, doors, replies
 from forno.server.transport.envoy.ends import MAX_STREAM_S, TYPES
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Listener:
     socket_mode: int = 0o600  # permissions, where the address is a Unix socket
     inner: bool = False
     """Whether only an edge of ours calls it: that has checked and transcoded each call, and is believed."""
+    max_connections: int = 16_384  # not of an inner one
+    max_heap_bytes: int = 0  # 0 = no ceiling
     security: SecuritySettings | None = None  # what its doors ask; not of an inner one
     secrets: Path | None = None  # where `doors.Secrets` writes; None = no encryption
 
@@ -69,28 +71,14 @@ def render(listener: Listener, end: End) -> dict[str, Any]:
         "static_resources": {"listeners": listeners, "clusters": end.clusters()},
         # Only what the supervisor reads: thousands of unused statistics cost memory and start-up time.
         "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"prefix": f"http.{STAT_PREFIX}."}]}}},
-        "overload_manager": _overload_manager(),
-    }
-
-
-def _overload_manager() -> dict[str, Any]:
-    return {
-        "resource_monitors": [
-            {
-                "name": "envoy.resource_monitors.global_downstream_max_connections",
-                "typed_config": {
-                    "@type": f"{TYPES}.extensions.resource_monitors.downstream_connections.v3"
-                    ".DownstreamConnectionsConfig",
-                    "max_active_downstream_connections": 100_000,
-                },
-            }
-        ]
+        "overload_manager": ceilings.render(0 if listener.inner else listener.max_connections, listener.max_heap_bytes),
     }
 
 
 def _listener(listener: Listener, end: End, *, admin: bool = False) -> dict[str, Any]:
     return {
         "name": "admin" if admin else "public",
+        "ignore_global_conn_limit": admin,  # who looks after a full server gets in
         "address": _address(listener, listener.admin_address if admin else None),
         "enable_reuse_port": False,  # two servers on one port would silently share its connections
         "per_connection_buffer_limit_bytes": 1024 * 1024,

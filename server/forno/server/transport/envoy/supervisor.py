@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from forno.server import logs
 from forno.server.errors import ConfigError
-from forno.server.transport.envoy import bootstrap, doors, folders
+from forno.server.transport.envoy import bootstrap, ceilings, doors, folders
 from forno.server.transport.envoy.ends import MODULE, ModuleEnd
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class Envoy:
             security=None if inner else config.security,
             secrets=self._folder if self._secrets else None,
             inner=inner,
+            max_connections=config.server.max_connections,
+            max_heap_bytes=0 if inner else ceilings.heap_bytes(config),
         )
         self._bootstrap = self._folder / "envoy.json"
         self._bootstrap.touch(mode=0o600)
@@ -290,7 +292,8 @@ def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _S
         left_s = None if draining_until is None else max(0.0, draining_until - time.monotonic())
         for key, _ in waiting.select(left_s):
             if key.fd == signals.descriptor:
-                signals.take()
+                if not signals.take():
+                    continue
                 if draining_until is not None:
                     return 130, "stopped at once by a second signal"
                 control.sendall(b"drain\n")
@@ -346,9 +349,9 @@ class _Signals:
         """Readable when a signal has come."""
         return self._read.fileno()
 
-    def take(self) -> None:
-        """Forgets the signals that have come."""
-        self._read.recv(4096)
+    def take(self) -> bool:
+        """Whether one of ours is among the signals that have come; forgets them."""
+        return not self._before.keys().isdisjoint(self._read.recv(4096))
 
     def restore(self) -> None:
         """Puts back what was there before."""
