@@ -6,22 +6,28 @@ import contextlib
 import json
 import resource
 import socket
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 import pytest
 from tests.e2e.forno_server import FLEET, FornoServer
 from tests.e2e.hosts import eventually
+from tests.e2e.raw_http2 import RawClient
 
 from forno.client import Client
-from forno.v1 import predictor_pb2, predictor_pb2_grpc
+from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BEHIND_ENVOY = ("envoy", "proxy", FLEET)
 X = np.ones((1, 2), np.float32)
 
 
-def settings(folder: Path, **server: int) -> Path:
+def settings(folder: Path, **server: float) -> Path:
     path = folder / "forno.yaml"
     model = {"engine": "null", "null": {"shape": [-1, 2]}}
     path.write_text(json.dumps({"server": server, "models": {"echo": model}}))
@@ -99,3 +105,52 @@ def test_as_many_files_may_be_open_as_the_machine_allows(tmp_path, hard, warned)
         warnings = [line for line in server.output().splitlines() if "server.max_connections" in line]
         assert len(warnings) == warned
         assert all(f"only {hard} files" in line for line in warnings)
+
+
+IDLE_S = 1.0
+HALF = (
+    b"POST /v1/models/echo:predict HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+)
+
+
+@pytest.mark.parametrize("transport", BEHIND_ENVOY)
+def test_bodies_that_do_not_come_end_their_calls_and_lasting_streams_may_be_silent(tmp_path, transport):
+    def item() -> predictor_pb2.PredictStreamRequest:
+        request = predictor_pb2.PredictRequest(model="echo", inputs=[tensors.encode("x", X)])
+        return predictor_pb2.PredictStreamRequest(request=request)
+
+    def items() -> Iterator[predictor_pb2.PredictStreamRequest]:
+        yield item()
+        time.sleep(2.5 * IDLE_S)
+        yield item()
+
+    with (
+        FornoServer(settings(tmp_path, idle_call_s=IDLE_S), transport=transport) as server,
+        Client(server.target) as client,
+        RawClient(server.port) as raw,
+        contextlib.ExitStack() as opened,
+    ):
+        stub = predictor_pb2_grpc.PredictorStub(server.channel)
+        answers = stub.PredictStream(items(), timeout=20)
+        next(answers)
+        begun_s = time.monotonic()
+        slow = [opened.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(50)]
+        for one in slow:
+            one.settimeout(10)
+            one.sendall(HALF)
+        streams = [raw.open("", path="/forno.v1.Predictor/Predict") for _ in range(50)]
+        for stream in streams:
+            raw.send(stream, b"\0\0\0\0\x63half")
+        while time.monotonic() < begun_s + IDLE_S / 2:
+            assert client.predict("echo", {"x": X}).outputs["y"].tolist() == X.tolist()
+        for one in slow:
+            assert one.recv(4096).startswith(b"HTTP/1.1 504 ")
+        for stream in streams:
+            answer = raw.answer(stream)
+            assert answer.ended or answer.reset is not None
+            assert answer.status != "0"
+        assert IDLE_S * 0.9 < time.monotonic() - begun_s < IDLE_S + 1.5
+        assert client.predict("echo", {"x": X}).outputs["y"].tolist() == X.tolist()
+        next(answers)  # its second item comes after more silence than others may keep
+        assert time.monotonic() - begun_s > 2 * IDLE_S
+        assert [*answers] == []

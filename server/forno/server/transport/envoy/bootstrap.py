@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import ceilings, doors, replies
-from forno.server.transport.envoy.ends import MAX_STREAM_S, TYPES
+from forno.server.transport.envoy.ends import MAX_STREAM_S, TYPES, lasting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +50,7 @@ class Listener:
     """Whether only an edge of ours calls it: that has checked and transcoded each call, and is believed."""
     max_connections: int = 16_384  # not of an inner one
     max_heap_bytes: int = 0  # 0 = no ceiling
+    idle_call_s: float = MAX_STREAM_S  # not of lasting calls
     security: SecuritySettings | None = None  # what its doors ask; not of an inner one
     secrets: Path | None = None  # where `doors.Secrets` writes; None = no encryption
 
@@ -107,11 +108,12 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
     security = listener.security
     mutual = bool(security and security.tls.client_ca_file and listener.secrets and not admin)
     cors = security.cors if security and security.cors.origins and not admin else None
+    routes = end.routes()
     host: dict[str, Any] = {
         "name": "all",
         "domains": ["*"],
         "request_body_buffer_limit": listener.max_message_bytes,
-        "routes": end.routes(),
+        "routes": [*lasting(routes), *routes],
     }
     if cors:
         if end.clusters():
@@ -128,7 +130,7 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "normalize_path": True,
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
-        "stream_idle_timeout": f"{MAX_STREAM_S}s",
+        "stream_idle_timeout": f"{listener.idle_call_s:.3f}s",
         "request_headers_timeout": "30s",
         "http2_protocol_options": {
             "max_concurrent_streams": 10_000,

@@ -20,7 +20,13 @@ HTTP_ROUTES = {
 }
 """Methods whose REST calls need no transcoder, and their paths; one with a query or an escape takes the usual way."""
 MAX_STREAM_S = 3600
-"""Longest deadline that is kept for a caller."""
+"""Longest deadline that is kept for a caller, and longest time in which nothing of a lasting call comes or goes."""
+LASTING = (
+    "/forno.v1.Predictor/PredictStream",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+"""Methods whose calls may be silent for long."""
 
 
 class End(Protocol):
@@ -95,6 +101,22 @@ def route(cluster: str) -> dict[str, Any]:
         "timeout": "0s",
         "max_stream_duration": {"grpc_timeout_header_max": f"{MAX_STREAM_S}s"},
     }
+
+
+def lasting(routes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The routes that lasting calls have among these, as routes of their own to stand first: with time to be silent."""
+
+    def leads(match: dict[str, Any], path: str) -> bool:
+        return match.get("path") == path or path.startswith(match.get("prefix", "?"))
+
+    found = []
+    for path in LASTING:
+        usual = next((route for route in routes if "route" in route and leads(route["match"], path)), None)
+        if usual is None:
+            continue
+        match = {key: value for key, value in usual["match"].items() if key != "prefix"} | {"path": path}
+        found.append({**usual, "match": match, "route": {**usual["route"], "idle_timeout": f"{MAX_STREAM_S}s"}})
+    return found
 
 
 def _module() -> dict[str, Any]:

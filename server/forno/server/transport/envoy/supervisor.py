@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from forno.server import logs
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import bootstrap, ceilings, doors, folders
-from forno.server.transport.envoy.ends import MODULE, ModuleEnd
+from forno.server.transport.envoy.ends import MAX_STREAM_S, MODULE, ModuleEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +78,7 @@ class Envoy:
             secrets=self._folder if self._secrets else None,
             inner=inner,
             max_connections=config.server.max_connections,
+            idle_call_s=MAX_STREAM_S if inner else config.server.idle_call_s,
             max_heap_bytes=0 if inner else ceilings.heap_bytes(config),
         )
         self._bootstrap = self._folder / "envoy.json"
