@@ -32,6 +32,7 @@ import numpy as np
 from bench import models, report
 from bench.process import machine_busy_s
 from forno.server.config import ModelSettings
+from forno.server.errors import Overloaded
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.request import Request
@@ -86,10 +87,15 @@ class Pass:
         self.setting = ", ".join(f"{key} {value}" for key, value in batching.items() if key != "latency_target_ms")
 
     def ask(self, due_s: float) -> asyncio.Future[Any]:
-        """Submits a request that was due then."""
+        """Submits a request that was due then; one that is refused took for ever."""
         future = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: self.took_s.append(time.monotonic() - due_s))
-        self.model.submit(Request((self.row,), 1, _copied, future))
+        try:
+            self.model.submit(Request((self.row,), 1, _copied, future))
+        except Overloaded:
+            self.took_s.append(float("inf"))
+            future.set_result(None)
+        else:
+            future.add_done_callback(lambda _: self.took_s.append(time.monotonic() - due_s))
         return future
 
     async def closed(self, in_air: int, seconds: float) -> None:

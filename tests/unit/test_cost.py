@@ -92,3 +92,11 @@ def test_more_rows_never_cost_less_and_safe_is_never_below_typical(runs):
     assert all(few <= many for few, many in pairwise(typical))
     assert all(few <= many for few, many in pairwise(safe))
     assert all(one <= other for one, other in zip(typical, safe, strict=True))
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.floats(1, 1e6)), max_size=40))
+def test_one_row_costs_what_the_table_says(runs):
+    cost = Cost(32)
+    for rows, run_us in runs:
+        cost.learn(rows, run_us)
+    assert cost.one_row_us() == cost.typical_us(1)

@@ -221,7 +221,7 @@ class Batcher:
             len(self._groups),
             tuner.cap,
             tuner.delay_us or tuner.company.delay_us,
-            tuner.cost.typical_us(1),
+            tuner.cost.one_row_us(),
             tuner.cost.typical_us(tuner.cap),
         )
 

@@ -62,7 +62,7 @@ class Company:
             waiting_rows: Rows that wait by now.
             cost: What runs take.
         """
-        moment_us = int(cost.typical_us(1) * _SHARE_OF_RUN)
+        moment_us = int(cost.one_row_us() * _SHARE_OF_RUN)
         self.rows = self.delay_us = 0
         if moment_us < _LEAST_US:
             return

@@ -92,6 +92,11 @@ class Cost:
         """Whether any run was seen."""
         return self._dirty or self._typical_us is not self._mean_us
 
+    def one_row_us(self) -> float:
+        """What `typical_us(1)` is, without the table of the others: asked after each run of even the smallest model."""
+        at = next((at for at, count in enumerate(self.samples) if count), None)
+        return 0.0 if at is None else self._mean_us[at] * self._scale
+
     def typical_us(self, rows: int) -> float:
         """What a run of so many rows is expected to take; 0 while nothing is known."""
         if self._dirty:
