@@ -51,6 +51,7 @@ class Subject:
     serves: str
     transport: str = ""  # of Forno; empty: the `grpc.aio` echo
     rest: bool = False
+    settings: tuple[str, ...] = ()  # of the model, such as "instances=2"
 
     def command(self, port: int, folder: Path, extra: tuple[str, ...] = ()) -> list[str]:
         """The command line that starts it.
@@ -63,7 +64,8 @@ class Subject:
         if not self.transport:
             return [sys.executable, "-m", "bench.echo_aio", str(port)]
         argv = [sys.executable, "-m", "forno.server", "serve", str(self._served_path(folder))]
-        return [*argv, "--address", f"127.0.0.1:{port}", "--transport", self.transport, *extra]
+        settings = [part for setting in self.settings for part in ("--set", f"models.{self.serves}.{setting}")]
+        return [*argv, "--address", f"127.0.0.1:{port}", "--transport", self.transport, *settings, *extra]
 
     def target(self, port: int, folder: Path) -> h2load.Target:
         """What the generator calls; its body is one row."""
@@ -190,5 +192,6 @@ SUBJECTS = (
     Subject("forno-grpc", "tiny", "grpc"),
     Subject("forno-rest", "tiny", "envoy", rest=True),
     Subject("forno-resnet50", "resnet50", "envoy"),
+    Subject("forno-2-resnet50", "resnet50", "envoy", settings=("instances=2", "onnx.intra_op_threads=1")),
     Subject("forno-grpc-resnet50", "resnet50", "grpc"),
 )

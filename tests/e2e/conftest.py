@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,9 @@ from tests.e2e.models import make_repository
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # servers inherit it: under nohup they would not hear of a hangup
 
 
 @pytest.fixture(scope="session")
