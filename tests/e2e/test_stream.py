@@ -153,11 +153,13 @@ def test_a_stream_whose_time_runs_out_ends_with_that(server):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_stream_to_a_model_that_is_still_loading_ends_with_unavailable(transport, tmp_path: Path):
     file = tmp_path / "forno.yaml"
-    file.write_text('models: {late: {engine: "null", "null": {shape: [-1, 2], delay_us: 120000}}}')
+    file.write_text('models: {late: {engine: "null", "null": {shape: [-1, 2], delay_us: 400000}}}')
     with FornoServer(file, transport=transport, ready=False) as running:
         end, told = time.monotonic() + 20, set()
         while time.monotonic() < end:
-            answers = stub(running).PredictStream(iter([item("late", rows_of(1, 1), "1")]), timeout=10)
+            answers = stub(running).PredictStream(
+                iter([item("late", rows_of(1, 1), "1")]), timeout=10, wait_for_ready=True
+            )
             try:
                 results = [answer.WhichOneof("result") for answer in answers]
             except grpc.RpcError:

@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 where the command failed, 2 where it was asked for something that cannot be.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a reader that has gone is no error; the interpreter's own would complain
+        return status
     except ConfigError as error:
         return _fail(error, str(error))
     except ModuleNotFoundError as error:
