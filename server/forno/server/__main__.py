@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where the command failed, 2 where it was asked for something that cannot be.
     """
+    # gRPC's own preparations for a fork go wrong now and then while it is busy, and what we start is another program.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()  # here, where a reader that has gone is no error; the interpreter's own would complain
