@@ -130,7 +130,7 @@ def test_the_edge_s_view_of_a_replica_is_read(health, takes_calls):
     assert edges.views("") == {}
 
 
-def exposed(calls: int, waiting: float) -> str:
+def exposed(calls: int, waiting: float) -> dict[str, exposition.Family]:
     """The metrics of a server that has answered so many calls."""
     metrics = Metrics()
     model = metrics.model("spam", 'a "b"\\c')
@@ -138,7 +138,7 @@ def exposed(calls: int, waiting: float) -> str:
         model.batch([10], [2000], 1, 1500)
     metrics.rpc("/a/B", "OK", calls)
     metrics.watch(lambda: [("forno_pending_rows", {"model": "spam"}, waiting), ("forno_batch_rows_limit", {}, 32.0)])
-    return metrics.prometheus().decode()
+    return exposition.parse(metrics.prometheus().decode())
 
 
 def values(text: str) -> dict[tuple[str, str], float]:
@@ -153,10 +153,10 @@ def values(text: str) -> dict[tuple[str, str], float]:
 
 def test_metrics_of_replicas_stand_beside_their_sums():
     sums = exposition.Sums()
-    texts = {0: exposed(3, 1.0), 1: exposed(4, 2.5)}
-    for index, text in texts.items():
-        sums.remember(f"{index}-0", text)
-    found = values(exposition.render(texts, sums.total(["0-0", "1-0"])))
+    families = {0: exposed(3, 1.0), 1: exposed(4, 2.5)}
+    for index, own in families.items():
+        sums.remember(f"{index}-0", own)
+    found = values(exposition.render(families, sums.total(["0-0", "1-0"])))
     assert found["forno_rpcs_total", "0"] == 3
     assert found["forno_rpcs_total", "1"] == 4
     assert found["forno_fleet_rpcs_total", ""] == 7

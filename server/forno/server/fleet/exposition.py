@@ -66,9 +66,9 @@ class Sums:
         self._ended: dict[tuple[str, str], float] = {}  # counters of replicas that have ended
         self._seen: dict[str, dict[str, Family]] = {}  # by the name of a process
 
-    def remember(self, process: str, text: str) -> None:
+    def remember(self, process: str, families: dict[str, Family]) -> None:
         """Is told what a process says now."""
-        self._seen[process] = parse(text)
+        self._seen[process] = families
 
     def total(self, alive: Iterable[str]) -> dict[tuple[str, str], float]:
         """The sums of what processes have said last.
@@ -91,14 +91,13 @@ class Sums:
         return sums
 
 
-def render(texts: Mapping[int, str], sums: Mapping[tuple[str, str], float]) -> str:
+def render(families: Mapping[int, dict[str, Family]], sums: Mapping[tuple[str, str], float]) -> str:
     """One exposition.
 
     Args:
-        texts: Those of the replicas, by their index.
+        families: What `parse` has found, by the index of the replica.
         sums: Of `Sums.total`.
     """
-    families = {index: parse(text) for index, text in texts.items()}
     merged: dict[str, Family] = {}
     for index, own in families.items():
         for name, family in own.items():

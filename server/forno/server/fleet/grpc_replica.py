@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
 import sys
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
+from forno.server import processes
 from forno.server.address import Address
 from forno.server.transport import control
 from forno.server.transport.aio import AioHost
@@ -27,10 +27,7 @@ def main(descriptor: int) -> None:
     """
     ours = socket.socket(fileno=descriptor)
     given = control.read_errand(ours)
-    with contextlib.suppress(ImportError):
-        from setproctitle import setproctitle  # noqa: PLC0415  (an extra)
-
-        setproctitle(f"forno: replica {given['replica']}")
+    processes.call_itself(f"forno: replica {given['replica']}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor tells us when to end
 
     def make(config: Config, server: Server) -> AioHost:

@@ -8,6 +8,8 @@ import shutil
 import signal
 from typing import TYPE_CHECKING
 
+from forno.server import processes
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -50,10 +52,7 @@ def _wait_and_clean(read_end: int, leave_nothing_of: Sequence[Path]) -> None:
         os.setpgid(0, 0)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(ImportError):
-            from setproctitle import setproctitle  # noqa: PLC0415  (an extra)
-
-            setproctitle("forno: janitor")
+        processes.call_itself("forno: janitor")
         os.read(read_end, 1)
         for path in leave_nothing_of:
             if path.is_dir():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from forno.server import logs
+from forno.server import logs, processes
 from forno.server.fleet import control_socket
 from forno.server.fleet import edge as edges
 from forno.server.fleet.janitor import Janitor
@@ -77,10 +76,7 @@ def _run(
     edge = supervisor.Envoy(
         config, address, lambda _folder: end, logs.EnvoyLog().line, title="forno: edge", folder=folder / "edge"
     )
-    with contextlib.suppress(ImportError):
-        from setproctitle import setproctitle  # noqa: PLC0415  (an extra)
-
-        setproctitle("forno: supervisor")
+    processes.call_itself("forno: supervisor")
     try:
         edge.start({}, dies_with_us=True, group=group)
 

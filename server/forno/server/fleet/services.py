@@ -77,12 +77,12 @@ class Pages(rest_pb2_grpc.RestServicer):
         """Metrics of each replica, and their sums."""
         serving = self._fleet.serving()
         scraped = await asyncio.gather(*(_scrape(replica) for replica in serving))
-        found = {replica: text for replica, text in zip(serving, scraped, strict=True) if text}
+        found = {replica: families for replica, families in zip(serving, scraped, strict=True) if families}
         alive = [*serving, *(replica for one in self._fleet.places for replica in one.leaving)]
-        for replica, text in found.items():
-            self._sums.remember(replica.name, text)
+        for replica, families in found.items():
+            self._sums.remember(replica.name, families)
         sums = self._sums.total(replica.name for replica in alive)
-        text = exposition.render({replica.index: text for replica, text in found.items()}, sums)
+        text = exposition.render({replica.index: families for replica, families in found.items()}, sums)
         return HttpBody(content_type=CONTENT_TYPE, data=(text + self._own()).encode())
 
     async def keep_sums(self, interval_s: float) -> None:
@@ -94,8 +94,8 @@ class Pages(rest_pb2_grpc.RestServicer):
 
     async def look(self, replica: Replica) -> None:
         """Remembers what a replica counts now."""
-        if text := await _scrape(replica):
-            self._sums.remember(replica.name, text)
+        if families := await _scrape(replica):
+            self._sums.remember(replica.name, families)
 
     def _own(self) -> str:
         restarts = "".join(
@@ -111,13 +111,14 @@ class Pages(rest_pb2_grpc.RestServicer):
         )
 
 
-async def _scrape(replica: Replica) -> str:
+async def _scrape(replica: Replica) -> dict[str, exposition.Family]:
+    """What a replica counts; empty where it does not answer."""
     try:
         stub = rest_pb2_grpc.RestStub(replica.channel)
         reply = await stub.Metrics(rest_pb2.MetricsRequest(), timeout=_SCRAPE_TIMEOUT_S)
     except grpc.aio.AioRpcError:
-        return ""
-    return str(reply.data.decode())
+        return {}
+    return exposition.parse(reply.data.decode())
 
 
 class _Named(NamedTuple):

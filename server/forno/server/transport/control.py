@@ -7,16 +7,14 @@ the other side goes away, the server drains and ends: no orphan is left.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import pickle
 import signal
 import socket
-import sys
 from typing import TYPE_CHECKING, Any
 
-from forno.server import logs
+from forno.server import logs, processes
 from forno.server.errors import ConfigError
 from forno.server.server import Server
 
@@ -60,7 +58,8 @@ async def serve(
     replica = given.get("replica")
     shown: list[str] = []
     if replica is not None:
-        _die_with_parent()
+        if die := processes.die_with_parent(signal.SIGKILL):  # however stuck this one is
+            die()
         _name_in_log(replica)
     reader, writer = await asyncio.open_connection(sock=control)
 
@@ -94,13 +93,6 @@ async def _watch(reader: asyncio.StreamReader, server: Server, ended: asyncio.Ev
     both = asyncio.create_task(ended.wait()), asyncio.create_task(reader.readline())
     await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
-
-
-def _die_with_parent() -> None:
-    """Has the kernel end this process when the one that started it dies, however stuck this one is (Linux)."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _name_in_log(replica: int) -> None:

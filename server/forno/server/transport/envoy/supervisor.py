@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pickle
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forno.server import logs
+from forno.server import logs, processes
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import bootstrap, ceilings, doors, folders
 from forno.server.transport.envoy.ends import MAX_STREAM_S, MODULE, ModuleEnd
@@ -124,7 +123,7 @@ class Envoy:
             env={**os.environ, **environment},
             pass_fds=(*keep, *([self._lock] if self._lock >= 0 else ()), write_end),
             process_group=group,
-            preexec_fn=_die_with_parent() if dies_with_us else None,  # noqa: PLW1509  (it only makes a system call)
+            preexec_fn=processes.die_with_parent(signal.SIGTERM) if dies_with_us else None,  # noqa: PLW1509  (see there)
         )
         os.close(write_end)
         threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True).start()
@@ -189,14 +188,6 @@ class Envoy:
         with os.fdopen(descriptor, errors="replace") as lines:
             for line in lines:
                 self._on_log(line.rstrip("\n"))
-
-
-def _die_with_parent() -> Callable[[], object] | None:
-    """What a child calls so that the kernel ends it when the thread that has started it dies; None where none can."""
-    if sys.platform != "linux":
-        return None
-    prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def binary() -> str:

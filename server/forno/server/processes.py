@@ -1,0 +1,39 @@
+"""What a process asks for itself: a name, and an end with the process that has started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from signal import Signals
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def call_itself(title: str) -> None:
+    """Gives this process a title in what `ps` shows, where that can be done."""
+    with contextlib.suppress(ImportError):
+        from setproctitle import setproctitle  # noqa: PLC0415  (an extra)
+
+        setproctitle(title)
+
+
+def die_with_parent(number: Signals) -> Callable[[], object] | None:
+    """What a process calls so that the kernel signals it when the thread that has started it dies.
+
+    It only makes a system call, so that a child may call it between fork and exec.
+
+    Args:
+        number: The signal.
+
+    Returns:
+        None where the system has no such thing: all but Linux.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, number)
