@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from cryptography import x509
 from tests.e2e.raw_http2 import RawClient, frame
 from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, predict
 
@@ -144,6 +145,31 @@ def test_no_frame_leads_there_either(server, path, extra):
             or answer.reset is not None
             or answer.headers.get(":status", "")[:1] == "4"
         )
+
+
+@pytest.mark.parametrize("transport", ["envoy", "proxy", "grpc", "fleet"])
+def test_a_name_in_a_certificate_does_not_pass_for_two(tmp_path, transport):
+    """Names hold commas and semicolons, which separate them where they are listed."""
+    files = Secured(tmp_path)
+    locks = files.all_locks()
+    locks["tls"]["require_client_certificate"] = True
+    locks["certificates"]["admin"] = ["*"]
+    alpha = files.certificate("spiffe://test/alpha", "predict:model/alpha")
+    tricks = [
+        (files.certificate("spiffe://test/x;URI=spiffe://test/alpha"), "PERMISSION_DENIED"),
+        (files.certificate("spiffe://test/x,spiffe://test/alpha"), "PERMISSION_DENIED"),
+        (
+            Credential(certificate=files.authority.issue("x", x509.DNSName("a;URI=spiffe://test/alpha"))),
+            "PERMISSION_DENIED",
+        ),
+        (Credential(certificate=files.authority.issue("x,CN=admin")), "PERMISSION_DENIED"),
+        (Credential(certificate=files.authority.issue('x";URI="admin')), "PERMISSION_DENIED"),
+        (Credential(certificate=files.authority.issue("admin")), "OK"),
+        (alpha, "OK"),
+    ]
+    path = "/forno.v1.Predictor/Predict"
+    with SecuredServer(files, files.settings(**locks), transport, certificate=alpha.certificate) as server:
+        assert [server.rpc(path, predict("alpha"), who)[0] for who, _ in tricks] == [code for _, code in tricks]
 
 
 def test_what_envoy_and_python_are_is_not_told(server):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from forno.server.config import Config
 from forno.server.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
 from forno.server.security import access, keys, methods
+from forno.server.security import known as known_credentials
+from forno.server.security.access import Principal
 from forno.server.security.exposure import why_open
 from forno.server.security.guard import Guard, credential_of, make
 from forno.server.security.rates import Bucket, Buckets, address_of
@@ -42,9 +44,8 @@ def guard_of(security: dict, clock: Clock | None = None, *, loopback: bool = Tru
 
 def shown(key: str = "", **headers: str) -> str:
     pairs = [("x-api-key", key)] if key else []
-    names = headers.pop("certificate_names", "")
     pairs += [(name.replace("_", "-"), value) for name, value in headers.items()]
-    return credential_of(pairs, trusted=True, extra=f"certificate-names\0{names}\0" if names else "")
+    return credential_of(pairs, trusted=True)
 
 
 @pytest.fixture
@@ -90,6 +91,8 @@ def test_off_loopback_without_credentials_only_administration_is_closed():
         ({"server": {"address": "0.0.0.0:80"}, "security": {"keys_file": "k"}}, False),
         ({"server": {"address": "0.0.0.0:80"}, "security": {"anonymous": ["predict"]}}, False),
         ({"server": {"address": "[::1]:80"}}, False),
+        ({"server": {"address": "127.1.2.3:80"}}, False),
+        ({"server": {"address": "127.example.com:80"}}, True),
         ({"server": {"address": "localhost:80"}}, False),
     ],
 )
@@ -234,26 +237,6 @@ def test_a_stream_sees_a_change_of_the_keys_though_no_other_call_comes(file):
         principal.next_item()
 
 
-def test_certificates_grant_by_their_names():
-    guard = guard_of(
-        {
-            "tls": {"certificate_file": "c", "key_file": "k", "client_ca_file": "a"},
-            "certificates": {"spiffe://prod/web": ["predict:model/a"], "ops": ["admin"], "*": ["metrics"]},
-        }
-    )
-    uri = 'Hash=0f;Subject="CN=ops,O=x";URI=spiffe://prod/web;DNS=a.b'
-    principal = guard.admit("predict", shown(x_forwarded_client_cert=uri), PEER)
-    assert [principal.may(right) for right in ("model/a", "admin", "metrics")] == [True, True, False]
-    assert guard.admit("metrics", shown(x_forwarded_client_cert='Subject="CN=else"'), PEER).name == "certificate else"
-    assert guard.admit("metrics", shown(certificate_names="b\nc"), PEER).name == "certificate b"
-    for wrong in ("URI=spiffe://prod/web,URI=ops", "URI", '"', "URI=a b", ""):
-        with pytest.raises((Unauthenticated, PermissionDenied)):
-            guard.admit("admin", shown(x_forwarded_client_cert=wrong), PEER)
-    # The names of our own headers mean nothing in what a caller sends.
-    assert credential_of([("x-forwarded-client-cert", uri), ("x-forno-door", "admin")], trusted=False) == ""
-    assert credential_of([("certificate-names", "ops")], trusted=True) == ""
-
-
 def test_the_admin_door(file):
     key = keys.add(file, "all", ["*"])
     guard = guard_of({"keys_file": str(file), "admin_address": "127.0.0.1:9000"})
@@ -271,6 +254,14 @@ def test_names_that_a_caller_chooses_do_not_fill_the_memory(file):
     for number in range(20):
         guard.admit("predict", shown(x_forno_peer=f"{'1' * 2000}{number}"), PEER)
     assert len(guard._known) == 0
+    known = known_credentials.Known()
+    for number in range(20_000):
+        known.add(str(number), principal := Principal("x", Scopes(()), Clock(), access.Epoch(lambda _: 0, 0)))
+    assert len(known) == known_credentials.MAX_KNOWN
+    assert known.get("0") is None
+    for number in range(2000):
+        known.add(f"{number:016000}", principal)
+    assert len(known) * 16_000 <= known_credentials.MAX_KNOWN_CHARS < (len(known) + 2) * 16_000
     principal = guard.admit("predict", "", PEER)
     for number in range(3000):
         principal.may(f"model/{number}")

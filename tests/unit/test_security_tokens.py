@@ -92,6 +92,9 @@ WRONG = {
     "numbers": unsigned({"alg": 1, "kid": 2}),
     "too long": token(filler="x" * 20_000),
     "signature cut": token()[:-4],
+    "critical extension": jwt.encode(
+        {**CLAIMS, "exp": time.time() + 60}, RSA, "RS256", {"kid": "r", "crit": ["x"], "x": 1}
+    ),
 }
 
 
@@ -119,6 +122,23 @@ def test_a_file_without_public_keys_is_refused(tmp_path, text):
     path = tmp_path / "jwks.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"jwks\.json"):
+        tokens.read(path)
+
+
+def test_keys_that_cannot_sign_for_us_are_left_out(tmp_path, caplog):
+    path = tmp_path / "jwks.json"
+    weak = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    odd = [
+        {"kty": "OKP", "crv": "X25519", "x": "AAAA", "kid": "o"},
+        {"kty": "new", "kid": "n"},
+        {"kty": "RSA", "kid": "b"},
+    ]
+    encrypting = {**jwk(OTHER, "c", "RS256"), "use": "enc"}
+    path.write_text(json.dumps({"keys": [*odd, jwk(weak, "w", "RS256"), encrypting, jwk(RSA, "r", "RS256")]}))
+    assert [key.key_id for key in tokens.read(path)] == ["r"]
+    assert [record.getMessage().split("key ")[1][0] for record in caplog.records] == ["o", "n", "b", "w"]
+    path.write_text(json.dumps({"keys": [jwk(weak, "w", "RS256")]}))
+    with pytest.raises(ConfigError, match="no public key for signatures"):
         tokens.read(path)
 
 

@@ -1,51 +1,48 @@
-"""Client certificates: the names that one carries, however a transport tells of it.
+"""Client certificates: the names that one carries, such as "spiffe://prod/web", "web.example.com" and "web".
 
-Envoy's `x-forwarded-client-cert` and grpc's authentication context both come down to names such as
-"spiffe://prod/web" (URI), "web.example.com" (DNS) and "web" (the subject's common name).
+The certificate itself is read, not what others write of it: the lists of names that Envoy can put into a header are
+separated by signs that names may hold, so that a name could pass for two.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+from cryptography import x509
 
-_PAIR = re.compile(r'([A-Za-z]+)=("(?:[^"\\]|\\.)*"|[^;,"]*)(?:;|\Z)')
-_NAME = re.compile(r"[A-Za-z0-9._:/@*+-]{1,512}")
-_COMMON_NAME = re.compile(r"(?:^|,)CN=([^,+\\]+)")
+_FORWARDED = re.compile(r'(?:.*;)?Cert="([^"]*)"')
 
 
-def of_forwarded(header: str) -> tuple[str, ...]:
-    """The names in an `x-forwarded-client-cert` of one certificate; none where it is of another form.
+def of_forwarded(header: str) -> str:
+    """The certificate in an `x-forwarded-client-cert`, PEM; empty where there is none.
 
     Args:
-        header: As Envoy writes it (HTTP connection manager, `SANITIZE_SET`): key=value, quoted where needed, with ";"
-            between. A "," outside quotes would begin a second certificate, which Envoy does not write here.
+        header: As Envoy writes it (HTTP connection manager, `SANITIZE_SET` with `cert` alone): our own names, a hash
+            and, last, the certificate, percent-encoded.
     """
-    at, found = 0, []
-    while at < len(header):
-        pair = _PAIR.match(header, at)
-        if pair is None:
-            return ()
-        at = pair.end()
-        key, value = pair[1].lower(), pair[2]
-        if value.startswith('"'):
-            value = re.sub(r"\\(.)", r"\1", value[1:-1])
-        if key in {"uri", "dns"}:
-            found.append(value)
-        elif key == "subject" and (common := _COMMON_NAME.search(value)):
-            found.append(common[1])
-    return _plain(found)
+    found = _FORWARDED.fullmatch(header)
+    return unquote(found[1]) if found else ""
 
 
-def of_context(context: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
-    """The names in grpc's authentication context of a call; none where there is no certificate."""
-    keys = ("x509_subject_alternative_name", "x509_common_name")
-    return _plain(name.decode(errors="replace") for key in keys for name in context.get(key, ()))
+def names(pem: str) -> tuple[str, ...]:
+    """The names in a certificate: its URIs, its DNS names, its subject's common names; none where it is none.
+
+    Args:
+        pem: What a handshake has shown, its signature checked there.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        common = [str(name.value) for name in certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
+        return (*_alternatives(certificate), *common)
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return ()
 
 
-def _plain(names: Iterable[str]) -> tuple[str, ...]:
-    """Names without the odd ones: nobody needs spaces or separators in a name that grants something."""
-    return tuple(dict.fromkeys(name for name in names if _NAME.fullmatch(name)))
+def _alternatives(certificate: x509.Certificate) -> list[str]:
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    kinds = (x509.UniformResourceIdentifier, x509.DNSName)
+    return [name for kind in kinds for name in found.get_values_for_type(kind)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from forno.server.address import Address
@@ -13,7 +14,12 @@ if TYPE_CHECKING:
 def is_loopback(address: str) -> bool:
     """Whether HOST:PORT or unix:PATH can be reached from its own machine alone."""
     given = Address.parse(address)
-    return bool(given.path) or given.host in {"localhost", "::1"} or given.host.startswith("127.")
+    if given.path or given.host == "localhost":
+        return True
+    try:
+        return ip_address(given.host).is_loopback
+    except ValueError:  # a name, such as 127.example.com, may stand for anything
+        return False
 
 
 def why_open(config: Config) -> str:

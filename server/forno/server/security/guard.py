@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections import OrderedDict
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from forno.server.clock import clock_us as monotonic_us
 from forno.server.errors import ConfigError, Unauthenticated
-from forno.server.security import certificates, methods
+from forno.server.security import methods
 from forno.server.security.access import KEY_PREFIX, NEVER_US, Epoch, Principal
 from forno.server.security.exposure import is_loopback
+from forno.server.security.known import Known
 from forno.server.security.rates import Buckets, address_of
 from forno.server.security.scopes import Scopes
 from forno.server.security.watched import Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from forno.server.config import Config, SecuritySettings
 
 LOOK_US = 1_000_000
 """How often files are looked at for changes."""
 
-MAX_KNOWN = 10_000
-"""Credentials whose principal is remembered; the oldest go first."""
-
-MAX_CREDENTIAL_BYTES, _MAX_ANONYMOUS_BYTES = 16 * 1024, 1024
-"""Of the text that stands for one, where it is remembered."""
-
 _FAILURES_PER_S, _FAILURES_BURST = 100.0, 1000  # wrong credentials of one address, checked before any signature is
 
 AUTHORIZATION, API_KEY, FORWARDED_CERTIFICATE = "authorization", "x-api-key", "x-forwarded-client-cert"
-NAMES, PEER, DOOR = "certificate-names", "x-forno-peer", "x-forno-door"
+CERTIFICATE, PEER, DOOR = "certificate", "x-forno-peer", "x-forno-door"
 CALLERS_KEYS = frozenset((AUTHORIZATION, API_KEY))
 """Metadata keys by which callers say who they are."""
 
 EDGE_KEYS = CALLERS_KEYS | {FORWARDED_CERTIFICATE, PEER, DOOR}
-"""Those and the ones by which our own Envoy says who they are, after it has removed what callers sent of them. NAMES is
-no metadata key: a transport that reads certificates itself gives it beside the metadata."""
+"""Those and the ones by which our own Envoy says who they are, after it has removed what callers sent of them.
+CERTIFICATE is no metadata key: a transport that sees certificates itself gives it, in PEM, beside the metadata."""
 
 ADMIN = "admin"
 """The value of DOOR for what came in at `security.admin_address`."""
@@ -89,7 +84,7 @@ class Guard:
         self._time_s = time_s
         self._buckets = Buckets()
         self._failures = Buckets()
-        self._known: OrderedDict[str, Principal] = OrderedDict()
+        self._known = Known()
         self._epoch = Epoch(self._look, 0)
         self._keys = self._tokens = None
         if settings.keys_file:
@@ -104,11 +99,17 @@ class Guard:
                 )
             self._keys = Watched((path,), lambda: keys.read(path), str(path))
         if settings.jwt.jwks_file:
-            from forno.server.security import tokens  # noqa: PLC0415  (an extra)
+            with _extra("security.jwt"):
+                from forno.server.security import tokens  # noqa: PLC0415
 
             jwks = settings.jwt.jwks_file
             self._verify = tokens.verify
             self._tokens = Watched((jwks,), lambda: tokens.read(jwks), str(jwks))
+        if settings.certificates:
+            with _extra("security.certificates"):
+                from forno.server.security import certificates  # noqa: PLC0415
+
+            self._of_forwarded, self._names_in = certificates.of_forwarded, certificates.names
         self._certificates = {
             name: _scopes(texts, f"security.certificates.{name}") for name, texts in settings.certificates.items()
         }
@@ -200,7 +201,7 @@ class Guard:
         return any(changed)
 
     def _identify(self, credential: str, peer: str, now_us: int) -> Principal:
-        self._known.pop(credential, None)
+        self._known.forget(credential)
         fields = credential.split("\0")
         pairs = [*zip(fields[::2], fields[1::2], strict=False)]
         asked = self._keys or self._tokens  # otherwise it is not for us: some callers send one everywhere
@@ -223,17 +224,10 @@ class Guard:
                     failures.take(now_us)
                 raise
         else:
-            names = tuple(name for key, value in pairs if key == NAMES for name in value.split("\n"))
-            forwarded = [value for key, value in pairs if key == FORWARDED_CERTIFICATE]
-            if len(forwarded) == 1:
-                names = certificates.of_forwarded(forwarded[0])
-            principal = self._of_certificate(names, door) if names and self._certificates else self._nobody(door)
+            names = self._names(dict(pairs)) if self._certificates else ()
+            principal = self._of_certificate(names, door) if names else self._nobody(door)
         principal.again = lambda: self.admit(methods.LOOKUP, credential, peer)
-        if len(credential) > (_MAX_ANONYMOUS_BYTES if principal.anonymous else MAX_CREDENTIAL_BYTES):
-            return principal  # not remembered: what nobody has signed must not fill our memory
-        self._known[credential] = principal
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+        self._known.add(credential, principal)
         return principal
 
     def _of_header(self, shown: list[tuple[str, str]], door: str, now_us: int) -> Principal:
@@ -262,6 +256,11 @@ class Guard:
             raise Unauthenticated("the key has expired")
         own = (entry.calls_per_s, entry.burst) if entry.calls_per_s else None
         return self._principal(f"key {key_id}", Scopes(entry.scopes), door, expires_us, own)
+
+    def _names(self, told: dict[str, str]) -> tuple[str, ...]:
+        """The names in the certificate that the caller's connection has shown; none where it has shown none."""
+        pem = told.get(CERTIFICATE) or self._of_forwarded(told.get(FORWARDED_CERTIFICATE, ""))
+        return self._names_in(pem) if pem else ()
 
     def _of_certificate(self, names: tuple[str, ...], door: str) -> Principal:
         known = [name for name in names if name in self._certificates]
@@ -312,6 +311,15 @@ def make(config: Config, public: str = "") -> Guard | None:
     guard = Guard(config.security, loopback=is_loopback(public or config.server.address))
     paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
     return guard if any(guard.admission(path) for path in paths) else None
+
+
+@contextlib.contextmanager
+def _extra(setting: str) -> Iterator[None]:
+    """Says what to install where an import within fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{setting} needs {error.name}: pip install 'forno[security]'") from error
 
 
 def _address(credential: str, peer: str) -> str:

@@ -27,16 +27,17 @@ class Scopes:
 
     Args:
         texts: The scopes as written.
+        denied: Pages that none of them covers.
 
     Raises:
         ValueError: One is none; the text says what is expected.
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], denied: Iterable[str] = ()) -> None:
         self.texts = tuple(dict.fromkeys(texts))
+        self.denied = frozenset(denied)
         self._exact: set[str] = set()  # "model/spam", "metrics"
         self._prefixes: list[str] = []  # "endpoint/spam/"
-        self._denied: frozenset[str] = frozenset()
         for text in self.texts:
             self._add(text)
 
@@ -59,7 +60,7 @@ class Scopes:
 
     def grant(self, right: str) -> bool:
         """Whether one of them covers a right: a page such as "metrics", or "model/NAME", "endpoint/NAME"."""
-        return right not in self._denied and (
+        return right not in self.denied and (
             right in self._exact or any(right.startswith(prefix) for prefix in self._prefixes)
         )
 
@@ -70,9 +71,7 @@ class Scopes:
 
     def without(self, pages: Iterable[str]) -> Scopes:
         """The same but for some pages, which no scope then covers."""
-        out = Scopes(self.texts)
-        out._denied = self._denied | frozenset(pages)
-        return out
+        return Scopes(self.texts, self.denied.union(pages))
 
     def __or__(self, other: Scopes) -> Scopes:
-        return Scopes((*self.texts, *other.texts))
+        return Scopes((*self.texts, *other.texts), self.denied | other.denied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jwt
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
     from forno.server.config import JwtSettings
 
+log = logging.getLogger("forno.security")
+
 MAX_TOKEN_BYTES = 16 * 1024
+_MIN_RSA_BITS = 2048  # RFC 7518, 3.3
 
 
 class Claims(NamedTuple):
@@ -28,22 +32,41 @@ class Claims(NamedTuple):
 
 
 def read(path: Path) -> list[jwt.PyJWK]:
-    """The public keys of a JWKS file (RFC 7517).
+    """The public keys of a JWKS file (RFC 7517) that sign. Of keys of other kinds the log tells, and they are left out.
 
     Raises:
-        ConfigError: It cannot be read, or holds a key that is secret or of no use.
+        ConfigError: It cannot be read, holds a shared secret, or none of its keys is of use.
     """
     try:
         document = json.loads(path.read_bytes())
-        given = document["keys"]
-        if not given or any(key.get("kty") == "oct" for key in given):
-            # Who could check a token with a shared secret could make one too.
-            raise ConfigError(f"{path}: expected public keys (RSA, EC or OKP), at least one and no shared secret")
-        return [jwt.PyJWK.from_dict(key) for key in given if key.get("use", "sig") == "sig"]
+        given = [(key.get("kid", f"number {number}"), key) for number, key in enumerate(document["keys"], 1)]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, jwt.PyJWTError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'{path}: is no JWKS, such as {{"keys": [...]}}: {error}') from error
+    if any(key.get("kty") == "oct" for _, key in given):
+        # Who could check a token with a shared secret could make one too.
+        raise ConfigError(f"{path}: holds a shared secret; expected public keys alone (RSA, EC or OKP)")
+    found = []
+    for name, key in given:
+        if key.get("use", "sig") != "sig":
+            continue
+        try:
+            found.append(_public_key(key))
+        except (ValueError, TypeError, AttributeError, jwt.PyJWTError) as error:
+            log.warning("%s: key %s is left out: %s", path, name, error)
+    if not found:
+        raise ConfigError(
+            f"{path}: holds no public key for signatures (RSA of {_MIN_RSA_BITS} bits or more, EC or OKP)"
+        )
+    return found
+
+
+def _public_key(given: dict[str, Any]) -> jwt.PyJWK:
+    key = jwt.PyJWK.from_dict(given)
+    if getattr(key.key, "key_size", _MIN_RSA_BITS) < _MIN_RSA_BITS and given["kty"] == "RSA":
+        raise ValueError(f"it has {key.key.key_size} bits; expected {_MIN_RSA_BITS} or more")
+    return key
 
 
 def verify(token: str, keys: Sequence[jwt.PyJWK], settings: JwtSettings) -> Claims:
@@ -63,8 +86,14 @@ def verify(token: str, keys: Sequence[jwt.PyJWK], settings: JwtSettings) -> Clai
     try:
         header = jwt.get_unverified_header(token)
         key = _key_of(header, keys)
-        # The algorithm is the key's own and one of ours, whatever the token asks for (RFC 8725, 3.1).
-        if key is None or header.get("alg") != key.algorithm_name or key.algorithm_name not in settings.algorithms:
+        # The algorithm is the key's own and one of ours, whatever the token asks for (RFC 8725, 3.1). What it calls
+        # critical would have to be understood (RFC 7515, 4.1.11), and there is nothing such that we do.
+        if (
+            key is None
+            or "crit" in header
+            or header.get("alg") != key.algorithm_name
+            or key.algorithm_name not in settings.algorithms
+        ):
             raise refused
         claims: dict[str, Any] = jwt.decode(
             token,

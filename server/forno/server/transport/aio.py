@@ -12,8 +12,8 @@ import grpc
 
 from forno.server.address import Address
 from forno.server.errors import ConfigError, FornoError
-from forno.server.security import access, certificates
-from forno.server.security.guard import ADMIN, DOOR, NAMES, credential_of
+from forno.server.security import access
+from forno.server.security.guard import ADMIN, CERTIFICATE, DOOR, credential_of
 from forno.server.servicers import status
 from forno.server.transport import credentials
 
@@ -60,9 +60,11 @@ class AioHost:
         self._credentials = credentials.of_settings(tls) if tls else None
         self._admin_address = Address.parse(security.admin_address) if security and security.admin_address else None
 
+        certificates = bool(security and security.certificates)
+
         def server(door: str) -> grpc.aio.Server:
             return grpc.aio.server(
-                interceptors=[_Calls(count_rpcs, guard, behind_envoy, door)],
+                interceptors=[_Calls(count_rpcs, guard, behind_envoy, door, certificates and not door)],
                 options=[
                     ("grpc.max_receive_message_length", max_message_bytes),
                     ("grpc.max_send_message_length", max_message_bytes),
@@ -134,10 +136,13 @@ class _Both:
 class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Admits calls, and counts them by method and status."""
 
-    def __init__(self, count_rpcs: CountRpcs, guard: Guard | None, behind_envoy: bool, door: str) -> None:
+    def __init__(
+        self, count_rpcs: CountRpcs, guard: Guard | None, behind_envoy: bool, door: str, certificates: bool
+    ) -> None:
         self._count_rpcs = count_rpcs
         self._guard = guard
         self._behind_envoy = behind_envoy
+        self._certificates = certificates
         self._door = f"{DOOR}\0{door}\0" if door else ""
         self._wrapped: dict[str, Any] = {}
 
@@ -234,8 +239,8 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             FornoError: The call may not come in.
         """
         extra = self._door
-        if not self._behind_envoy and (names := certificates.of_context(context.auth_context())):
-            extra += f"{NAMES}\0" + "\n".join(names) + "\0"
+        if self._certificates and (shown := context.auth_context().get("x509_pem_cert")):
+            extra += f"{CERTIFICATE}\0{shown[0].decode()}\0"
         credential = credential_of(context.invocation_metadata() or (), trusted=self._behind_envoy, extra=extra)
         return guard.admit(need, credential, context.peer())
 
