@@ -17,24 +17,6 @@ struct Call {
   bool answered;
 };
 
-// A tuple of new references; null, and all of them dropped, if one is null.
-template <typename... Items>
-PyObject* pack(Items... items) {
-  PyObject* all[] = {items...};
-  PyObject* out = PyTuple_New(sizeof...(items));
-  bool good = out != nullptr;
-  for (PyObject* item : all) good = good && item;
-  for (size_t i = 0; i < sizeof...(items); i++) {
-    if (good) {
-      PyTuple_SET_ITEM(out, static_cast<Py_ssize_t>(i), all[i]);
-    } else {
-      Py_XDECREF(all[i]);
-    }
-  }
-  if (!good) Py_CLEAR(out);
-  return out;
-}
-
 Stream& stream_of(PyObject* self) { return **reinterpret_cast<Call*>(self)->stream; }
 
 void call_dealloc(PyObject* self) {
@@ -85,13 +67,8 @@ PyObject* call_send_message(PyObject* self, PyObject* args) {
 }
 
 PyObject* call_send_status(PyObject* self, PyObject* args) {
-  int code;
-  const char* message;
-  Py_ssize_t message_size;
-  PyObject* trailers;
-  if (!PyArg_ParseTuple(args, "is#O", &code, &message, &message_size, &trailers)) return nullptr;
-  Metadata status = status_metadata(code, {message, static_cast<size_t>(message_size)});
-  if (!append_metadata(trailers, status)) return nullptr;
+  Metadata status;
+  if (!parse_status(args, status)) return nullptr;
   reinterpret_cast<Call*>(self)->answered = true;
   send_status(stream_of(self), std::move(status));
   Py_RETURN_NONE;
@@ -362,6 +339,16 @@ bool append_metadata(PyObject* pairs, Metadata& out) {
   }
   Py_DECREF(sequence);
   return good;
+}
+
+bool parse_status(PyObject* args, Metadata& status) {
+  int code;
+  const char* message;
+  Py_ssize_t message_size;
+  PyObject* trailers;
+  if (!PyArg_ParseTuple(args, "is#O", &code, &message, &message_size, &trailers)) return false;
+  status = status_metadata(code, {message, static_cast<size_t>(message_size)});
+  return append_metadata(trailers, status);
 }
 
 void send_status(Stream& stream, Metadata status) {

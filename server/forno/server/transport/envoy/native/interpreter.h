@@ -23,6 +23,8 @@ PyObject* text(std::string_view s);
 
 // What a gRPC status is in trailing metadata; the message is percent-encoded.
 Metadata status_metadata(int code, std::string_view message);
+// The same of Python's arguments: (code, message, trailing metadata). False with an error set.
+bool parse_status(PyObject* args, Metadata& status);
 // Appends a sequence of (str, str) to metadata. False with an error set.
 bool append_metadata(PyObject* pairs, Metadata& out);
 // Ends a call with a status; nobody waits for its Replies any more.

@@ -181,13 +181,8 @@ PyObject* reply_set_exception(PyObject* self, PyObject* error) {
 
 PyObject* reply_end(PyObject* self, PyObject* args) {
   Reply* reply = reply_of(self);
-  int code;
-  const char* message;
-  Py_ssize_t message_size;
-  PyObject* trailers;
-  if (!PyArg_ParseTuple(args, "is#O", &code, &message, &message_size, &trailers)) return nullptr;
-  Metadata status = status_metadata(code, {message, static_cast<size_t>(message_size)});
-  if (!append_metadata(trailers, status)) return nullptr;
+  Metadata status;
+  if (!parse_status(args, status)) return nullptr;
   if (reply->done) Py_RETURN_NONE;
   finish(reply);
   send_status(*reply->stream, std::move(status));
