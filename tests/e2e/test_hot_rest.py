@@ -14,10 +14,12 @@ from tests.e2e.json_splitter import COMPILER, HEAD, compiled
 from tests.unit.calls import Aborted, CallContext, loaded, registry_of, sums_model
 
 from forno.server.clock import clock_us
-from forno.server.errors import InvalidArgument
+from forno.server.errors import DeadlineExceeded
 from forno.server.metrics import Metrics
 from forno.server.request import NEVER_US
-from forno.server.servicers.hot_rest import MAX_PLANS, HotRest
+from forno.server.servicers import status
+from forno.server.servicers.hot_rest import HotRest
+from forno.server.servicers.plans import MAX_PLANS
 from forno.server.servicers.rest import RestServicer, request_of
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
@@ -28,9 +30,9 @@ JSON = "application/json"
 class Reply:
     """Keeps one answer."""
 
-    def __init__(self):
+    def __init__(self, expires_us):
         self.future = asyncio.get_running_loop().create_future()
-        self.expires_us = NEVER_US
+        self.expires_us = expires_us
 
     def done(self):
         return self.future.done()
@@ -51,21 +53,21 @@ class Both:
         self.hot = HotRest(registry, clock_us)
         self.ordinary = RestServicer(registry, {}, Metrics())
 
-    async def by_the_short_way(self, path, body, content_type=JSON):
+    async def by_the_short_way(self, path, body, content_type=JSON, expires_us=NEVER_US):
         """The answer; None where the call is left to the ordinary way."""
         found = self._split(body)
         if found is None:
             return None
         key = path.encode() + b"\n" + content_type.encode() + b"\n" + found[0][len(HEAD) :]
-        reply = Reply()
+        reply = Reply(expires_us)
         if not self.hot(key, *found[1:], reply):
             return None
         return await reply.future
 
-    async def by_the_ordinary_way(self, path, body, content_type=JSON):
+    async def by_the_ordinary_way(self, path, body, content_type=JSON, context=None):
         """The answer; None where there is an error instead."""
         try:
-            answer = await self.ordinary.Predict(request_of(path, content_type, body), CallContext())
+            answer = await self.ordinary.Predict(request_of(path, content_type, body), context or CallContext())
         except Aborted:
             return None
         assert isinstance(answer, HttpBody)
@@ -209,11 +211,15 @@ def test_what_is_wrong_or_unusual_is_left_to_the_ordinary_way(both, name):
     assert runner.run(ways.by_the_short_way(*LEFT[name])) is None
 
 
-def test_a_run_that_fails_is_told_as_on_the_ordinary_way(both):
-    _, ways = both
-    code, message, trailing = ways.hot.status_of(InvalidArgument("why", "where"))
-    assert (code.name, message) == ("INVALID_ARGUMENT", "why")
-    assert [key for key, _ in trailing] == ["grpc-status-details-bin"]
+def test_what_is_refused_is_told_as_on_the_ordinary_way(both):
+    runner, ways = both
+    with pytest.raises(DeadlineExceeded) as caught:
+        runner.run(ways.by_the_short_way(ECHO, b'{"instances": [[1, 2, 3]]}', expires_us=clock_us()))
+    context = CallContext(time_remaining_s=0.0)
+    assert runner.run(ways.by_the_ordinary_way(ECHO, b'{"instances": [[1, 2, 3]]}', context=context)) is None
+    code, message, trailing = status.told(caught.value)
+    assert (code.name, message, dict(trailing)) == ("DEADLINE_EXCEEDED", context.message, context.trailing)
+    assert context.code == code
 
 
 def test_plans_are_bounded(both):
@@ -221,7 +227,7 @@ def test_plans_are_bounded(both):
     for number in range(MAX_PLANS + 5):
         body = json.dumps({"instances": [[1, 2, 3]], "parameters": {"queue_timeout_ms": 1000 + number}}).encode()
         assert runner.run(ways.by_the_short_way(ECHO, body)) == b'{"predictions":[[1.0,2.0,3.0]]}'
-    assert len(ways.hot._plans) == MAX_PLANS
+    assert len(ways.hot.plans) == MAX_PLANS
 
 
 @pytest.mark.parametrize(

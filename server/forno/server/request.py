@@ -19,6 +19,17 @@ NEVER_US = 1 << 62
 """An expiry that never comes."""
 
 
+def waits_until_us(deadline_us: int, timeout_us: int, now_us: int) -> int:
+    """When a request has waited in the queue for long enough.
+
+    Args:
+        deadline_us: When its answer is of no use.
+        timeout_us: Its queue timeout; 0 without one.
+        now_us: Now.
+    """
+    return min(deadline_us, now_us + timeout_us) if timeout_us else deadline_us
+
+
 @dataclass(slots=True)
 class Answer:
     """What a run gave one request.

@@ -10,7 +10,7 @@ parser, no validation, no task and no messages. Whatever does not fit (errors ab
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import orjson
@@ -19,13 +19,12 @@ from forno.server.endpoints import json_body, json_document, json_inputs, json_n
 from forno.server.endpoints.json_numbers import MARK, Unliftable
 from forno.server.endpoints.payload import UNTOLD, is_json
 from forno.server.errors import FornoError
-from forno.server.request import Request
-from forno.server.servicers import rest, status
+from forno.server.request import Request, waits_until_us
+from forno.server.servicers import rest
+from forno.server.servicers.plans import Plan, Plans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import grpc
 
     from forno.server.endpoints.json_body import Body
     from forno.server.model import Model
@@ -36,9 +35,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
     Write = Callable[[Answer], Sequence[bytes]]
-
-MAX_PLANS = 256
-"""Keys that are remembered; the oldest goes first. A caller chooses keys, and must not choose our memory."""
+    Place = tuple[int, int, np.dtype[Any], tuple[int, ...]]  # first number, end, dtype, shape
 
 
 class Reply(Protocol):
@@ -56,21 +53,6 @@ class Reply(Protocol):
         """Sends the error."""
 
 
-class _Plan(NamedTuple):
-    """How to treat requests of one key."""
-
-    name: str
-    version: str
-    label: str
-    signature: Signature
-    model: Model
-    inputs: tuple[tuple[int, int, np.dtype[Any], tuple[int, ...]], ...]  # first number, end, dtype, shape
-    rows: int
-    priority: int
-    timeout_us: int  # queue timeout; 0 without one
-    write: Write
-
-
 class HotRest:
     """Answers split `Predict` bodies. Owned by the transport's host; event loop only.
 
@@ -82,16 +64,11 @@ class HotRest:
     def __init__(self, registry: Registry, clock_us: Callable[[], int]) -> None:
         self._registry = registry
         self._clock_us = clock_us
-        self._plans: dict[bytes, _Plan] = {}
+        self.plans: Plans[Place] = Plans(registry)
 
     def request(self, path: str, content_type: str, body: bytes) -> rest_pb2.RestPredictRequest:
         """The message that `Rest.Predict` takes."""
         return rest.request_of(path, content_type, body)
-
-    def status_of(self, error: BaseException) -> tuple[grpc.StatusCode, str, Sequence[tuple[str, str | bytes]]]:
-        """What a caller is told of an error: the same as on the ordinary way."""
-        told = status.to_status(error)
-        return status.CODES[told.code], told.message, status.trailing_metadata(error, told)
 
     def __call__(self, key: bytes, counts: Sequence[int], numbers: bytes, reply: Reply) -> bool:
         """Takes one call, if it can.
@@ -105,10 +82,8 @@ class HotRest:
         Returns:
             False where the call has to go the ordinary way.
         """
-        plan = self._plans.get(key)
         try:
-            if plan is None or not self._current(plan):
-                plan = self._learn(key, counts)
+            plan = self.plans.get(key) or self._learn(key, counts)
             doubles = np.frombuffer(numbers)
             inputs = tuple(
                 [
@@ -120,7 +95,7 @@ class HotRest:
             return False
         expires_us = answer_by_us = reply.expires_us
         if plan.timeout_us:
-            expires_us = min(expires_us, self._clock_us() + plan.timeout_us)
+            expires_us = waits_until_us(answer_by_us, plan.timeout_us, self._clock_us())
         try:
             plan.model.submit(
                 Request(inputs, plan.rows, plan.write, reply, 0, expires_us, plan.priority, deadline_us=answer_by_us)  # type: ignore[arg-type]
@@ -129,11 +104,7 @@ class HotRest:
             reply.set_exception(error)
         return True
 
-    def _current(self, plan: _Plan) -> bool:
-        model = plan.model
-        return self._registry.get(plan.name, plan.version, plan.label) is model and model.signature is plan.signature
-
-    def _learn(self, key: bytes, counts: Sequence[int]) -> _Plan:
+    def _learn(self, key: bytes, counts: Sequence[int]) -> Plan[Place]:
         """Makes a plan for a key.
 
         Raises:
@@ -160,21 +131,18 @@ class HotRest:
         if body.timeout_us is not None:  # nobody here keeps it
             raise Unliftable
         places = _places(body, signature)
-        inputs = []
+        inputs: list[Place] = []
         for spec, array in zip(signature.inputs, ordered, strict=True):
             runs = places[spec.name]
             start, end = ends[runs[0]], ends[runs[-1] + 1]
             if list(runs) != list(range(runs[0], runs[-1] + 1)) or end - start != prod(array.shape):
                 raise Unliftable
             inputs.append((start, end, spec.dtype, array.shape))
-        if len(self._plans) >= MAX_PLANS:
-            del self._plans[next(iter(self._plans))]
-        plan = self._plans[key] = _Plan(
+        plan = Plan(
             *(name, version, label, signature, model, tuple(inputs), rows, body.priority),
-            body.queue_timeout_us or 0,
-            _writer(body, arrays, model),
+            *(body.queue_timeout_us or 0, _writer(body, arrays, model)),
         )
-        return plan
+        return self.plans.keep(key, plan)
 
 
 def _numbered(value: Any, shapes: list[tuple[int, ...]]) -> Any:

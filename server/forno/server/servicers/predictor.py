@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from forno.server.clock import clock_us
 from forno.server.endpoints import Payload
 from forno.server.errors import InvalidArgument, NotReady
-from forno.server.request import NEVER_US, Request
+from forno.server.request import NEVER_US, Request, waits_until_us
 from forno.server.security import access
 from forno.server.servicers import describe, status
 from forno.v1 import model_pb2, predictor_pb2, predictor_pb2_grpc, tensors
@@ -125,9 +125,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
             FornoError: The request is refused.
         """
         asked = read_request(self._registry, request)
-        deadline_us = expires_us = self._expiry_us(remaining_s)
-        if asked.timeout_us:
-            expires_us = min(expires_us, self._clock_us() + asked.timeout_us)
+        deadline_us = self._expiry_us(remaining_s)
         request_id = request.request_id
 
         def finish(answer: Answer) -> predictor_pb2.PredictResponse:
@@ -137,7 +135,7 @@ class PredictorServicer(predictor_pb2_grpc.PredictorServicer):
         asked.model.submit(
             Request(
                 *(asked.inputs, asked.rows, finish, future),
-                expires_us=expires_us,
+                expires_us=waits_until_us(deadline_us, asked.timeout_us, self._clock_us()),
                 priority=asked.priority,
                 deadline_us=deadline_us,
             )

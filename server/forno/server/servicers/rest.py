@@ -15,7 +15,7 @@ from forno.server.endpoints.payload import UNTOLD, is_json
 from forno.server.errors import DeadlineExceeded, InvalidArgument, NotReady
 from forno.server.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from forno.server.model import ModelState
-from forno.server.request import NEVER_US
+from forno.server.request import NEVER_US, waits_until_us
 from forno.server.servicers import status
 from forno.v1 import rest_pb2, rest_pb2_grpc
 
@@ -133,11 +133,8 @@ class RestServicer(rest_pb2_grpc.RestServicer):
                 "content-type",
             )
         now_us = self._clock_us()
-        if body.timeout_us is not None:
-            expires_us = min(expires_us, now_us + body.timeout_us)
-        deadline_us = expires_us
-        if body.queue_timeout_us is not None:
-            expires_us = min(expires_us, now_us + body.queue_timeout_us)
+        deadline_us = expires_us if body.timeout_us is None else min(expires_us, now_us + body.timeout_us)
+        expires_us = waits_until_us(deadline_us, body.queue_timeout_us or 0, now_us)
         async with _late_after(body.timeout_us):
             answer = await call(model, arrays, expires_us=expires_us, priority=body.priority, deadline_us=deadline_us)
         value = json_outputs.document(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from forno.server.endpoints.endpoint import Endpoint
 
+    Told = tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]
+
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +101,12 @@ def trailing_metadata(error: BaseException, status: Status) -> tuple[tuple[str, 
     return metadata
 
 
+def told(error: BaseException) -> Told:
+    """What a caller is told of an error: code, message and trailing metadata."""
+    status = to_status(error)
+    return CODES[status.code], status.message, trailing_metadata(error, status)
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
     """Ends a call with the status of an error.
 
@@ -111,9 +119,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     """
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    status = to_status(error)
-    context.set_trailing_metadata(trailing_metadata(error, status))
-    await context.abort(CODES[status.code], status.message)
+    code, message, trailing = told(error)
+    context.set_trailing_metadata(trailing)
+    await context.abort(code, message)
     raise AssertionError("abort returned")  # it never does; this tells the type checker
 
 

@@ -7,22 +7,21 @@ The event loop takes all that waits and starts a task per call, or hands a hot m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import inspect
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.rpc.status_pb2 import Status
 
 from forno.server import turn
 from forno.server.errors import FornoError
 from forno.server.security import access
 from forno.server.servicers import status
-from forno.server.transport.envoy import compression, http
+from forno.server.transport.envoy import compression, http, tasks
 from forno.server.transport.envoy.calls import JSON_LAYOUT, NO_LAYOUT
-from forno.server.transport.envoy.context import Aborted, Context, encode_details, too_large
+from forno.server.transport.envoy.context import Context, encode_details, too_large
 from forno.server.transport.envoy.ends import HTTP_PREFIX
 from forno.server.transport.envoy.metadata import to_wire
 from forno.server.transport.envoy.methods import Method, Running
@@ -32,16 +31,10 @@ if TYPE_CHECKING:
 
     from forno.server.security.guard import Guard
     from forno.server.transport.envoy.calls import Call, JsonSplit, Layout, Native, Reply
-    from forno.server.transport.envoy.hot import HotHandler, Status
+    from forno.server.transport.envoy.hot import HotHandler
     from forno.server.transport.envoy.metadata import MetadataPair
 
     CountRpcs = Callable[[str, str, int], None]
-
-log = logging.getLogger("forno.transport")
-
-EARLY_S = 0.02
-"""How long before its deadline a stream of responses is ended. Envoy, which keeps the deadlines of all calls, can only
-reset a stream that has begun, and a client may take that for another error."""
 
 MAX_INBOX_BYTES = 4 * 1024 * 1024
 MAX_ITEMS = 256
@@ -165,7 +158,7 @@ class EnvoyHost:
                 continue
             running.context.set_code(grpc.StatusCode.UNAVAILABLE)
             running.context.set_details("the server is shutting down")
-            self._cancel(call, running)
+            tasks.cancel(self, call, running)
 
     def _drain(self) -> None:
         native = self._native
@@ -259,15 +252,15 @@ class EnvoyHost:
             context.on_items_done()
         else:
             context.on_cancel()
-            self._cancel(call, running)
+            tasks.cancel(self, call, running)
 
     def begin(self, call: Call, method: Method, message: bytes | None, compressed: int) -> None:
         """Has a call served by a task."""
         context = http.context_of(method.http, call) if method.http else Context(call, method.decode, method.encode)
         if method.handler.request_streaming or method.handler.response_streaming:
-            run = self._stream(method, context, message, compressed)
+            run = tasks.stream(self, method, context, call, message, compressed)
         else:
-            run = self._unary(method, context, call, message or b"", compressed)
+            run = tasks.unary(self, method, context, call, message or b"", compressed)
         self.live[call] = Running(self._loop.create_task(run), context, method, access.CURRENT.get())
 
     def _fail_reply(self, reply: Reply, why: BaseException | int) -> None:
@@ -275,13 +268,16 @@ class EnvoyHost:
         hot = self._methods[reply.method].hot
         if hot is None:
             return
-        told: Status = (
-            (grpc.StatusCode.RESOURCE_EXHAUSTED, too_large(why), ()) if isinstance(why, int) else hot.status_of(why)
-        )
+        over = grpc.StatusCode.RESOURCE_EXHAUSTED
         if reply.is_item:
-            reply.send(hot.error_item(reply.request_id, told))
+            error = (
+                Status(code=over.value[0], message=too_large(why)) if isinstance(why, int) else status.to_status(why)
+            )
+            reply.send(hot.error_item(reply.request_id, error))
+        elif isinstance(why, int):
+            self._end_reply(reply, over, too_large(why), ())
         else:
-            self._end_reply(reply, *told)
+            self._end_reply(reply, *status.told(why))
 
     def _end_reply(self, reply: Reply, code: grpc.StatusCode, details: str, trailing: Sequence[MetadataPair]) -> None:
         reply.end(code.value[0], encode_details(details), to_wire(trailing))
@@ -294,99 +290,12 @@ class EnvoyHost:
             try:
                 principal = guard.admit(method.need, caller.credential, caller.peer)
             except FornoError as error:
-                told = status.to_status(error)
-                code, trailing = status.CODES[told.code], status.trailing_metadata(error, told)
-                refuse(told.code, encode_details(told.message), to_wire(trailing))
+                code, message, trailing = status.told(error)
+                refuse(code.value[0], encode_details(message), to_wire(trailing))
                 self.count_rpcs(method.path, code.name, 1)
                 return False
         access.CURRENT.set(principal)
         return True
-
-    def _cancel(self, call: Call, running: Running) -> None:
-        task = running.task
-        task.cancel()
-        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:  # type: ignore[arg-type]
-            # It will never run, nor what should run at its end.
-            self._fail(running.method, running.context, asyncio.CancelledError())
-            self.forget(call)
-
-    async def _unary(self, method: Method, context: Context, call: Call, message: bytes, compressed: int) -> None:
-        try:
-            request = context.decode(message, compressed)
-            response = await method.behavior(request, context)
-            data = method.encode(response) if response is not None else b""
-            if response is not None and context.plain and call.reply(data):
-                self.count_rpcs(method.path, "OK", 1)
-            elif response is None and context.code() is None:
-                raise TypeError("the handler returned None")  # as in stock gRPC: UNKNOWN
-            else:
-                await self._answer(method, context, data)
-        except BaseException as error:  # noqa: BLE001  (every way out becomes a status)
-            self._fail(method, context, error)
-        finally:
-            self.forget(call)
-
-    async def _answer(self, method: Method, context: Context, data: bytes) -> None:
-        if context.code() in (None, grpc.StatusCode.OK):
-            context.check_size(data)
-            if not context.headers_sent:
-                await context.send_initial_metadata(())
-            context.send(data)
-        self.count_rpcs(method.path, context.finish(), 1)
-
-    async def _stream(self, method: Method, context: Context, message: bytes | None, compressed: int) -> None:
-        call = context._call  # noqa: SLF001
-        remaining_s = context.time_remaining() if method.handler.response_streaming else None
-        expiry = None
-        if remaining_s is not None:
-            expiry = self._loop.call_later(remaining_s - min(EARLY_S, remaining_s / 10), self._expire, call)
-        try:
-            streaming = method.handler.request_streaming
-            request = context.requests() if streaming else context.decode(message or b"", compressed)
-            if not method.handler.response_streaming:
-                await self._answer(method, context, method.encode(await method.behavior(request, context)))
-                return
-            if method.generator:
-                # Closed here: left to the garbage collector, its `finally` would run at any time.
-                async with contextlib.aclosing(method.behavior(request, context)) as responses:
-                    async for response in responses:
-                        await context.write(response)
-            else:
-                await method.behavior(request, context)
-            if method.hot is not None:
-                await context.items_done()
-            if not context.headers_sent and context.code() in (None, grpc.StatusCode.OK):
-                await context.send_initial_metadata(())
-            self.count_rpcs(method.path, context.finish(), 1)
-        except BaseException as error:  # noqa: BLE001  (every way out becomes a status)
-            self._fail(method, context, error)
-        finally:
-            if expiry is not None:
-                expiry.cancel()
-            self.forget(call)
-
-    def _expire(self, call: Call) -> None:
-        if isinstance(running := self.live[call], Running):
-            running.context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
-            running.context.set_details("the deadline has passed")
-            self._cancel(call, running)
-
-    def _fail(self, method: Method, context: Context, error: BaseException) -> None:
-        if isinstance(error, Aborted):
-            name = context.finish()
-        elif isinstance(error, asyncio.CancelledError):
-            if context.cancelled():
-                context.close()
-                name = "CANCELLED"
-            else:  # the server ended it, or the handler cancelled itself
-                code = context.code() or grpc.StatusCode.CANCELLED
-                name = context.finish(code, context.details() or "the call was cancelled by the server")
-        else:
-            log.error("%s raised", method.path, exc_info=error)
-            name = context.finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}")
-        self.count_rpcs(method.path, name, 1)
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            raise error
 
     def forget(self, call: Call) -> None:
         """Lets go of a call that has ended."""

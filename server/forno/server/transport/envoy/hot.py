@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import grpc
+    from google.rpc.status_pb2 import Status
 
     from forno.server.transport.envoy.calls import Reply
-    from forno.server.transport.envoy.metadata import MetadataPair
-
-    Status = tuple[grpc.StatusCode, str, Sequence[MetadataPair]]
 
 
 class HotHandler(Protocol):
@@ -24,8 +21,5 @@ class HotHandler(Protocol):
     def __call__(self, key: bytes, replies: Sequence[Reply], /) -> bool:
         """Takes requests of one key, and later answers each; False where they have to go the ordinary way."""
 
-    def status_of(self, error: BaseException, /) -> Status:
-        """What a caller is told of an error."""
-
-    def error_item(self, request_id: str, status: Status, /) -> bytes:
+    def error_item(self, request_id: str, error: Status, /) -> bytes:
         """The item of a stream that tells of an error."""

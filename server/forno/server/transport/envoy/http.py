@@ -20,6 +20,7 @@ from google.rpc import status_pb2
 from forno.server.clock import clock_us
 from forno.server.errors import DeadlineExceeded
 from forno.server.request import NEVER_US
+from forno.server.servicers import status
 from forno.server.transport.envoy.context import Context, too_large
 from forno.server.transport.envoy.metadata import from_wire
 
@@ -28,11 +29,8 @@ if TYPE_CHECKING:
 
     from forno.server.transport.envoy.calls import Call, JsonSplit
     from forno.server.transport.envoy.host import EnvoyHost
-    from forno.server.transport.envoy.hot import Status
     from forno.server.transport.envoy.metadata import MetadataPair
     from forno.server.transport.envoy.methods import Method
-
-DETAILS_KEY = "grpc-status-details-bin"
 
 
 class HttpHandler(Protocol):
@@ -43,9 +41,6 @@ class HttpHandler(Protocol):
 
     def __call__(self, key: bytes, counts: Sequence[int], numbers: bytes, reply: HttpReply, /) -> bool:
         """Takes a call whose body was split, and later answers it; False where it has to go the ordinary way."""
-
-    def status_of(self, error: BaseException, /) -> Status:
-        """What a caller is told of an error."""
 
 
 class HttpCall:
@@ -84,13 +79,12 @@ class HttpReply:
         host: The call's.
         call: What to answer.
         path: The method's, for counting.
-        handler: Says what a caller is told of an error.
     """
 
-    __slots__ = ("_call", "_done", "_handler", "_host", "_path", "_timer", "expires_us")
+    __slots__ = ("_call", "_done", "_host", "_path", "_timer", "expires_us")
 
-    def __init__(self, host: EnvoyHost, call: Call, path: str, handler: HttpHandler) -> None:
-        self._host, self._call, self._path, self._handler = host, call, path, handler
+    def __init__(self, host: EnvoyHost, call: Call, path: str) -> None:
+        self._host, self._call, self._path = host, call, path
         self._done = False
         deadline_us = call.deadline_us
         self.expires_us = NEVER_US if deadline_us < 0 else deadline_us
@@ -119,7 +113,7 @@ class HttpReply:
 
     def set_exception(self, error: BaseException) -> None:
         """Sends the status of an error."""
-        self.end(*self._handler.status_of(error))
+        self.end(*status.told(error))
 
     def end(self, code: grpc.StatusCode, details: str, trailing: Sequence[MetadataPair]) -> None:
         """Ends the call with an error."""
@@ -147,7 +141,7 @@ def take(host: EnvoyHost, method: Method, call: Call, body: bytes, split: JsonSp
     """Has a call answered, on the short way where that can be."""
     handler = method.http
     if handler is not None and split is not None:
-        reply = host.live[call] = HttpReply(host, call, method.path, handler)
+        reply = host.live[call] = HttpReply(host, call, method.path)
         try:
             if handler(*split, reply):
                 return
@@ -163,7 +157,7 @@ def respond(call: Call, code: int, message: str, trailing: Sequence[MetadataPair
     document = {"code": code, "message": message, "details": []}
     headers = []
     for key, value in trailing:
-        if key == DETAILS_KEY and isinstance(value, bytes):
+        if key == status.DETAILS_KEY and isinstance(value, bytes):
             document = json_format.MessageToDict(
                 status_pb2.Status.FromString(value),
                 preserving_proto_field_name=True,
