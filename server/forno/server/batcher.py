@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from forno.server.admission import expected_us, makes_late_us, surely_in_time
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
-from forno.server.filling import Filling
+from forno.server.filling import Filling, take_in_order
 from forno.server.request import NEVER_US, Batch, Request, callers
 from forno.server.scheduling import Group, due_us
 from forno.server.tuning import Tuner
@@ -293,22 +293,8 @@ class Batcher:
 
     def _take_in_order(self, group: Group, priority: int, lane: Lane, now_us: int, limit: int) -> Batch:
         """The same where all have one priority and time enough, which is the way of most batches."""
-        waiting = lane.timed or lane.fifo
-        requests: list[Request] = []
-        dropped: list[Request] = []
-        rows = dropped_rows = 0
-        for request in waiting:
-            if request.future.done():
-                dropped.append(request)
-                dropped_rows += request.rows
-            elif rows + request.rows <= limit or not requests:
-                rows += request.rows
-                requests.append(request)
-            else:
-                break
-        lane.drop_first(len(requests) + len(dropped))
-        lane.rows -= rows + dropped_rows
-        if not waiting:
+        requests, dropped, rows, dropped_rows = take_in_order(lane, limit)
+        if not (lane.timed or lane.fifo):
             del group.lanes[priority]
         self._left(group, len(requests) + len(dropped), rows + dropped_rows)
         self._moves += len(requests)

@@ -17,6 +17,33 @@ one's rate. If it did not, all behind it would come nearer to their deadlines, t
 and soon the engine would run single rows and answer few in time."""
 
 
+def take_in_order(lane: Lane, limit: int) -> tuple[list[Request], list[Request], int, int]:
+    """Takes requests out of a lane in which all have time enough: what most batches are made by.
+
+    Args:
+        lane: Only those with a deadline wait in it, or only those without.
+        limit: Most rows, though a single larger request goes alone.
+
+    Returns:
+        The requests, those that were cancelled and are dropped, and the rows of either.
+    """
+    requests: list[Request] = []
+    dropped: list[Request] = []
+    rows = dropped_rows = 0
+    for request in lane.timed or lane.fifo:
+        if request.future.done():
+            dropped.append(request)
+            dropped_rows += request.rows
+        elif rows + request.rows <= limit or not requests:
+            rows += request.rows
+            requests.append(request)
+        else:
+            break
+    lane.drop_first(len(requests) + len(dropped))
+    lane.rows -= rows + dropped_rows
+    return requests, dropped, rows, dropped_rows
+
+
 class Filling:
     """Takes requests out of lanes, in order, until one does not fit. Lives for one `Batcher.try_close`.
 
