@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import tempfile
 import time
 
@@ -48,3 +50,30 @@ def test_replicas_ask_what_one_server_asks(tmp_path):
         keys.remove(files.keys_file, new.headers["X-Api-Key"].split("_")[1])
         time.sleep(1.2)
         assert {server.rpc(PREDICT, predict("alpha"), new)[0] for _ in range(8)} == {"UNAUTHENTICATED"}
+
+
+def test_replicas_count_a_client_together(tmp_path):
+    """The burst, and from then on the rate, whichever replica each call meets; other clients have theirs."""
+    files = Secured(tmp_path)
+    one, other, pages = files.key("predict"), files.key("predict"), files.key("metrics")
+    limit = {"calls_per_s": 20, "burst": 30}
+    server = SecuredServer(
+        files, files.settings(keys_file="keys.yaml", rate_limit=limit, anonymous=["health"]), "envoy", encrypted=False
+    )
+    server._command += ["--replicas", "3"]
+    with server, contextlib.ExitStack() as stack:
+        calls = [stack.enter_context(server.connect()).unary_unary(PREDICT) for _ in range(6)]
+        request = predict("alpha").SerializeToString()
+        seen: collections.Counter[str] = collections.Counter()
+        began_s = time.monotonic()
+        while (took_s := time.monotonic() - began_s) < 2.0:
+            asked = [call.future(request, metadata=one.metadata, timeout=10) for call in calls]
+            seen.update(future.code().name for future in asked)
+        assert set(seen) == {"OK", "RESOURCE_EXHAUSTED"}
+        assert 0.95 * (30 + 20 * took_s) - 1 <= seen["OK"] <= 1.02 * (30 + 20 * (time.monotonic() - began_s)) + 1
+        assert server.rpc(PREDICT, predict("alpha"), other)[0] == "OK"
+        told = server.rest("GET", "/metrics", pages).body.decode()
+        words = ('"RESOURCE_EXHAUSTED"', 'Predictor/Predict"', "replica=")
+        refused = [line for line in told.splitlines() if all(word in line for word in words)]
+        assert len(refused) == 3, told
+        assert sum(float(line.rpartition(" ")[2]) for line in refused) == seen["RESOURCE_EXHAUSTED"]

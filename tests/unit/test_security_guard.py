@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from forno.server.config import Config
 from forno.server.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
@@ -15,7 +13,6 @@ from forno.server.security import known as known_credentials
 from forno.server.security.access import Principal
 from forno.server.security.exposure import why_open
 from forno.server.security.guard import Guard, credential_of, make
-from forno.server.security.rates import Bucket, Buckets, address_of
 from forno.server.security.scopes import Scopes
 from forno.server.server import Server
 
@@ -266,10 +263,6 @@ def test_names_that_a_caller_chooses_do_not_fill_the_memory(file):
     for number in range(3000):
         principal.may(f"model/{number}")
     assert len(principal._verdicts) == 1024
-    buckets = Buckets(10)
-    for number in range(100):
-        buckets.of(str(number), 1.0, 1)
-    assert len(buckets) == 10
 
 
 def test_outside_of_calls_nothing_is_refused():
@@ -290,38 +283,3 @@ def test_what_is_no_scope_is_refused(text):
 def test_a_missing_keys_file_says_how_to_make_it(tmp_path):
     with pytest.raises(ConfigError, match="forno keys add --file"):
         guard_of({"keys_file": str(tmp_path / "none.yaml")})
-
-
-@pytest.mark.parametrize(
-    ("peer", "address"),
-    [
-        ("1.2.3.4:5", "1.2.3.4"),
-        ("ipv4:1.2.3.4:5", "1.2.3.4"),
-        ("[2001:db8:1:2:3::4]:5", "2001:db8:1:2::/64"),
-        ("ipv6:%5B2001:db8:1:2:5::4%5D:5", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
-        ("[::ffff:1.2.3.4]:5", "1.2.3.4"),
-        ("1.2.3.4", "1.2.3.4"),
-        ("unix:", "unix"),
-        ("", ""),
-    ],
-)
-def test_an_address_is_one_client(peer, address):
-    assert address_of(peer) == address
-
-
-@given(
-    rate=st.floats(0.5, 1000),
-    burst=st.integers(1, 50),
-    waits_us=st.lists(st.integers(0, 2_000_000), min_size=1, max_size=200),
-)
-def test_a_bucket_never_gives_more_than_its_rate_and_burst(rate, burst, waits_us):
-    bucket, now_us, given_calls = Bucket(rate, burst), 0, 0
-    for wait_us in waits_us:
-        now_us += wait_us
-        try:
-            bucket.take(now_us)
-        except RateLimited:
-            continue
-        given_calls += 1
-    assert given_calls <= burst + rate * now_us / 1e6 + 1e-6 * len(waits_us) + 1

@@ -31,6 +31,7 @@ from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2, rest_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from forno.server.config import Config
     from forno.server.repository import ModelSpec
@@ -65,6 +66,7 @@ class Server:
         address: HOST:PORT for people, with the port that was asked for.
         rest: Whether REST is served at that address.
         show: Prints a text for people; None = print nothing.
+        rates: Of a replica, the file in which all of them count clients' rates.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Server:
         *,
         rest: bool,
         show: Callable[[str], None] | None = print,
+        rates: Path | None = None,
     ) -> None:
         self._config = config
         self._address = address
@@ -91,7 +94,7 @@ class Server:
                 if version == spec.version:
                     self.registry.set_label(spec.name, label, version)
         self._endpoints = endpoints.build(config, self.registry)
-        self.guard = guard.make(config, address)
+        self.guard = guard.make(config, address, rates)
         """Admits the transport's calls; None where all may come in."""
         self._health = HealthServicer(self.registry)
         self._stop = asyncio.Event()

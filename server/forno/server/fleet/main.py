@@ -17,6 +17,7 @@ from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.fleet import edge as edges
 from forno.server.fleet.fleet import Fleet, Order
+from forno.server.fleet.replica import RATES
 from forno.server.fleet.services import Control, Health, Pages, add_pages
 from forno.server.security import guard
 from forno.server.transport.aio import AioHost
@@ -107,7 +108,7 @@ class Supervisor:
             Address(path=str(self._folder / edges.PAGES_SOCKET)),
             limit,
             lambda *_: None,
-            guard=guard.make(self._config),
+            guard=guard.make(self._config, self._address, self._folder / RATES),
             behind_envoy=True,
         )
         add_pages(inner.grpc, pages, whole)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from forno.server.fleet.fleet import Order
     from forno.server.fleet.placement import Placement
 
+RATES = "rates"
+"""The file in the fleet's folder in which all replicas count clients' rates."""
+
 _KILL_AFTER_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
 
@@ -135,6 +138,7 @@ class Replica:
             "rest": True,
             "replica": self.index,
             "socket": str(self.socket),
+            "rates": self.socket.parent / RATES,
         }
         with contextlib.suppress(OSError):  # it has ended already, which `_ready` tells
             await loop.sock_sendall(self._control, supervisor.packed(errand))

@@ -14,12 +14,13 @@ from forno.server.security import methods
 from forno.server.security.access import KEY_PREFIX, NEVER_US, Epoch, Principal
 from forno.server.security.exposure import is_loopback
 from forno.server.security.known import Known
-from forno.server.security.rates import Buckets, address_of
+from forno.server.security.rates import Bucket, Table, address_of
 from forno.server.security.scopes import Scopes
 from forno.server.security.watched import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from forno.server.config import Config, SecuritySettings
 
@@ -64,6 +65,7 @@ class Guard:
     Args:
         settings: What is asked for.
         loopback: Whether the server can be reached from its own machine alone.
+        rates: Where clients' rates are counted; None = here alone.
         clock_us: Monotonic microseconds.
         time_s: Seconds since 1970.
 
@@ -76,14 +78,14 @@ class Guard:
         settings: SecuritySettings,
         *,
         loopback: bool,
+        rates: Table | None = None,
         clock_us: Callable[[], int] = monotonic_us,
         time_s: Callable[[], float] = time.time,
     ) -> None:
         self._settings = settings
         self._clock_us = clock_us
         self._time_s = time_s
-        self._buckets = Buckets()
-        self._failures = Buckets()
+        self._rates = rates or Table()
         self._known = Known()
         self._epoch = Epoch(self._look, 0)
         self._keys = self._tokens = None
@@ -186,7 +188,7 @@ class Guard:
         """A caller without a credential, as its address: what it sends on a stream counts against that one's limit."""
         limit = self._settings.rate_limit
         principal = copy(nobody)
-        principal.bucket = self._buckets.of(_address(credential, peer), limit.calls_per_s, limit.burst)
+        principal.bucket = self._bucket(f"address {_address(credential, peer)}", limit.calls_per_s, limit.burst)
         principal.again = lambda: self.admit(methods.LOOKUP, credential, peer)
         return principal
 
@@ -209,9 +211,8 @@ class Guard:
         door = ADMIN if (DOOR, ADMIN) in pairs else ""
         if shown:
             # Told before anything is computed: guessing and burning our time end alike.
-            failures = self._failures.of(_address(credential, peer), _FAILURES_PER_S, _FAILURES_BURST)
-            if failures is not None:
-                failures.look(now_us)
+            failures = Bucket(self._rates, f"failures {_address(credential, peer)}", _FAILURES_PER_S, _FAILURES_BURST)
+            failures.look(now_us)
             try:
                 try:
                     principal = self._of_header(shown, door, now_us)
@@ -220,8 +221,7 @@ class Guard:
                         raise
                     principal = self._of_header(shown, door, now_us)
             except Unauthenticated:
-                if failures is not None:
-                    failures.take(now_us)
+                failures.take(now_us)
                 raise
         else:
             names = self._names(dict(pairs)) if self._certificates else ()
@@ -273,15 +273,17 @@ class Guard:
         self, name: str, scopes: Scopes, door: str, expires_us: int = NEVER_US, own: tuple[float, int] | None = None
     ) -> Principal:
         limit = self._settings.rate_limit
-        bucket = self._buckets.of(name, *(own or (limit.calls_per_s, limit.burst)))
         return Principal(
             name,
             self._at(door, scopes | self._anonymous[door]),
             self._clock_us,
             self._epoch,
             expires_us=expires_us,
-            bucket=bucket,
+            bucket=self._bucket(name, *(own or (limit.calls_per_s, limit.burst))),
         )
+
+    def _bucket(self, client: str, calls_per_s: float, burst: int) -> Bucket | None:
+        return Bucket(self._rates, client, calls_per_s, burst or max(1, round(calls_per_s))) if calls_per_s else None
 
     def _nobody(self, door: str) -> Principal:
         return Principal(
@@ -298,17 +300,19 @@ class Guard:
         return NEVER_US if at_s is None else now_us + int(min(at_s - self._time_s(), 1e9) * 1e6)
 
 
-def make(config: Config, public: str = "") -> Guard | None:
+def make(config: Config, public: str = "", rates: Path | None = None) -> Guard | None:
     """The guard that the settings ask for; None where every call may come in.
 
     Args:
         config: All settings.
         public: Where callers reach the server, if that is not `server.address`, as at a replica behind an edge.
+        rates: The file in which the processes of a fleet count clients' rates together; None = there is one process.
 
     Raises:
         ConfigError: A file cannot be read, or a scope is none.
     """
-    guard = Guard(config.security, loopback=is_loopback(public or config.server.address))
+    loopback = is_loopback(public or config.server.address)
+    guard = Guard(config.security, loopback=loopback, rates=Table(rates) if rates else None)
     paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
     return guard if any(guard.admission(path) for path in paths) else None
 

@@ -45,7 +45,7 @@ async def serve(
 
     Args:
         given: `config`, `specs`, `address` for people, whether `rest` is served there, and, of a replica, its number
-            as `replica`.
+            as `replica` and the file `rates`.
         control: Our end of the socket pair.
         make: Makes the transport.
         ended: Set when the transport ends by itself.
@@ -69,7 +69,8 @@ async def serve(
 
     try:
         show = print if replica is None else shown.append
-        server = Server(config, given["specs"], given["address"], rest=given["rest"], show=show)
+        rest, rates = given["rest"], given.get("rates")
+        server = Server(config, given["specs"], given["address"], rest=rest, show=show, rates=rates)
         if server.guard and replica is not None:
             server.guard.trust_what_no_edge_vouches_for()
         watch = asyncio.create_task(_watch(reader, server, ended or asyncio.Event()))
