@@ -473,6 +473,7 @@ int main(int argc, char** argv) {
   item_layout.item_request = 6;
   methods.by_path = {{"/unary", {0, false, layout}}, {"/stream", {1, true}}, {"/items", {2, true, item_layout}}, {"http:/echo", {3, false, layout}}};
   methods.max_items = kMaxItems;
+  methods.max_message_us = 60000000;
   methods.max_message_bytes = kMaxMessageBytes;
   methods.max_inbox_bytes = kMaxInboxBytes;
   calls_left = calls;

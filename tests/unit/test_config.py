@@ -117,7 +117,7 @@ def test_anchors_and_merge_keys_work(written):
             "server: {qqqq: 1}",
             (
                 "forno.yaml:1: server.qqqq is not a setting; server has address, socket_access, transport, "
-                "max_message_bytes, max_connections, max_heap_bytes, idle_call_s, drain_s, log_level, log_format and "
+                "max_message_bytes, max_connections, max_heap_bytes, max_call_s, drain_s, log_level, log_format and "
                 "envoy_threads"
             ),
         ),

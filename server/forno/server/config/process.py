@@ -27,10 +27,10 @@ class ServerSettings(Settings):
     max_heap_bytes: Annotated[int, Field(strict=True, ge=0, le=2**50)] | None = None
     """Most memory of the Envoy on `address`, in bytes: near it, new calls are refused with UNAVAILABLE; 0 = no ceiling.
     Unset = a quarter of the machine's with replicas, whose edge holds calls alone; none where models share the heap."""
-    idle_call_s: Annotated[float, Field(strict=True, gt=0, le=3600)] = 600.0
-    """Longest time in which nothing of a call comes or goes, in seconds; then it ends, such as one whose body is never
-    whole, but also one whose model takes longer. An hour for PredictStream and watches of health. Not with the
-    transport `grpc`."""
+    max_call_s: Annotated[float, Field(strict=True, gt=0, le=3600)] = 600.0
+    """Longest time from the beginning of a call to its answer, in seconds, however slowly its body comes; then it ends
+    with DEADLINE_EXCEEDED. A stream may last; this is how long one of its messages may take to come. It may be silent
+    for an hour. Not with the transport `grpc`."""
     drain_s: Annotated[float, Field(strict=True, ge=0, le=3600)] = 10.0
     """Longest wait for calls in flight at shutdown, in seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

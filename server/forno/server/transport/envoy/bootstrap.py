@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import ceilings, doors, replies
-from forno.server.transport.envoy.ends import MAX_STREAM_S, TYPES, lasting
+from forno.server.transport.envoy.ends import MAX_STREAM_S, TYPES, bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +30,7 @@ DESCRIPTORS = Path(__file__).parent / "forno.pb"
 """Descriptor set of the services below, with imports; made by `make proto`."""
 REST_SERVICES = ("forno.v1.Predictor", "forno.v1.Rest")
 STAT_PREFIX = "forno"
+_STATISTICS = (f"http.{STAT_PREFIX}.", ceilings.STATISTICS)
 
 STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES = 8 * 1024 * 1024, 32 * 1024 * 1024
 """What a client may send of one request, and of all on its connection, before it hears that it was read. A tensor of
@@ -50,7 +51,7 @@ class Listener:
     """Whether only an edge of ours calls it: that has checked and transcoded each call, and is believed."""
     max_connections: int = 16_384  # not of an inner one
     max_heap_bytes: int = 0  # 0 = no ceiling
-    idle_call_s: float = MAX_STREAM_S  # not of lasting calls
+    max_call_s: float = MAX_STREAM_S  # not of lasting calls
     security: SecuritySettings | None = None  # what its doors ask; not of an inner one
     secrets: Path | None = None  # where `doors.Secrets` writes; None = no encryption
 
@@ -71,7 +72,8 @@ def render(listener: Listener, end: End) -> dict[str, Any]:
         "admin": {"address": {"pipe": {"path": str(listener.admin_socket), "mode": 0o600}}},
         "static_resources": {"listeners": listeners, "clusters": end.clusters()},
         # Only what the supervisor reads: thousands of unused statistics cost memory and start-up time.
-        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"prefix": f"http.{STAT_PREFIX}."}]}}},
+        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"prefix": one} for one in _STATISTICS]}}},
+        "layered_runtime": {"layers": [{"name": "admin", "admin_layer": {}}]},
         "overload_manager": ceilings.render(0 if listener.inner else listener.max_connections, listener.max_heap_bytes),
     }
 
@@ -100,6 +102,7 @@ def _filter_chain(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
         "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
     }
     if listener.security and listener.secrets and not admin:
+        chain["transport_socket_connect_timeout"] = "30s"  # as long as headers may take
         chain["transport_socket"] = doors.transport_socket(listener.security.tls, listener.secrets)
     return chain
 
@@ -108,12 +111,11 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
     security = listener.security
     mutual = bool(security and security.certificates and listener.secrets and not admin)
     cors = security.cors if security and security.cors.origins and not admin else None
-    routes = end.routes()
     host: dict[str, Any] = {
         "name": "all",
         "domains": ["*"],
         "request_body_buffer_limit": listener.max_message_bytes,
-        "routes": [*lasting(routes), *routes],
+        "routes": bounded(end.routes(), listener.max_call_s),
     }
     if cors:
         if end.clusters():
@@ -130,7 +132,9 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "normalize_path": True,
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
-        "stream_idle_timeout": f"{listener.idle_call_s:.3f}s",
+        # Of calls whose route is not known before their body is whole, and of answers that nobody takes.
+        "common_http_protocol_options": {"max_stream_duration": f"{listener.max_call_s:.3f}s"},
+        "stream_idle_timeout": f"{listener.max_call_s:.3f}s",
         "request_headers_timeout": "30s",
         "http2_protocol_options": {
             "max_concurrent_streams": 10_000,
@@ -146,6 +150,7 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         },
         "http_filters": [
             *([doors.cors_filter()] if cors else []),  # first: its questions carry no credential
+            *([ceilings.refuser()] if listener.max_heap_bytes and not admin else []),
             *([] if listener.inner else [_transcoder(listener)]),
             end.filter(),
         ],

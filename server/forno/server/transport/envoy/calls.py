@@ -125,6 +125,7 @@ class Native(Protocol):
         max_message_bytes: int,
         max_inbox_bytes: int,
         max_items: int,
+        max_message_s: float,
         fail: Callable[[Reply, BaseException | int], None],
         /,
     ) -> int:
@@ -135,6 +136,7 @@ class Native(Protocol):
             max_message_bytes: Largest message.
             max_inbox_bytes: Of a streaming call's requests that wait, before Envoy stops reading.
             max_items: Of one streaming call that are on the short way at once.
+            max_message_s: Longest time for a message of a stream to come whole.
             fail: Told of a Reply and an error, or a size that is over the limit.
         """
 

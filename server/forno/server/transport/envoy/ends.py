@@ -20,13 +20,13 @@ HTTP_ROUTES = {
 }
 """Methods whose REST calls need no transcoder, and their paths; one with a query or an escape takes the usual way."""
 MAX_STREAM_S = 3600
-"""Longest deadline that is kept for a caller, and longest time in which nothing of a lasting call comes or goes."""
+"""Longest deadline of a lasting call, and longest time in which nothing of it comes or goes."""
 LASTING = (
     "/forno.v1.Predictor/PredictStream",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
-"""Methods whose calls may be silent for long."""
+"""Methods whose calls may last, and be silent for long."""
 
 
 class End(Protocol):
@@ -92,31 +92,36 @@ class ProxyEnd:
 
 
 def route(cluster: str) -> dict[str, Any]:
-    """The way of a call to a cluster.
+    """The way of a call to a cluster; `bounded` says how long it may take."""
+    return {"cluster": cluster, "timeout": "0s"}
 
-    Envoy keeps its deadline: no timer per call in Python.
+
+def bounded(routes: list[dict[str, Any]], max_call_s: float) -> list[dict[str, Any]]:
+    """The routes with how long their calls may take; first among them, those of lasting calls.
+
+    Args:
+        routes: In the order in which they are tried.
+        max_call_s: Of other calls, from their first byte to the answer, whatever deadline they bring.
     """
-    return {
-        "cluster": cluster,
-        "timeout": "0s",
-        "max_stream_duration": {"grpc_timeout_header_max": f"{MAX_STREAM_S}s"},
-    }
-
-
-def lasting(routes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The routes that lasting calls have among these, as routes of their own to stand first: with time to be silent."""
 
     def leads(match: dict[str, Any], path: str) -> bool:
         return match.get("path") == path or path.startswith(match.get("prefix", "?"))
 
-    found = []
+    lasting = []
     for path in LASTING:
         usual = next((route for route in routes if "route" in route and leads(route["match"], path)), None)
         if usual is None:
             continue
         match = {key: value for key, value in usual["match"].items() if key != "prefix"} | {"path": path}
-        found.append({**usual, "match": match, "route": {**usual["route"], "idle_timeout": f"{MAX_STREAM_S}s"}})
-    return found
+        silent = {"idle_timeout": f"{MAX_STREAM_S}s", "max_stream_duration": _duration(0, MAX_STREAM_S)}
+        lasting.append({**usual, "match": match, "route": usual["route"] | silent})
+    limit = {"max_stream_duration": _duration(max_call_s, max_call_s)}
+    return [*lasting, *({**one, "route": one["route"] | limit} if "route" in one else one for one in routes)]
+
+
+def _duration(most_s: float, longest_deadline_s: float) -> dict[str, str]:
+    """How long a call may take. Envoy keeps its deadline: no timer per call in Python."""
+    return {"max_stream_duration": f"{most_s:.3f}s", "grpc_timeout_header_max": f"{longest_deadline_s:.3f}s"}
 
 
 def _module() -> dict[str, Any]:

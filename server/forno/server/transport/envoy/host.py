@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,9 @@ from forno.server.servicers import status
 from forno.server.transport.envoy import compression, http, tasks
 from forno.server.transport.envoy.calls import JSON_LAYOUT, NO_LAYOUT
 from forno.server.transport.envoy.context import Context, encode_details, too_large
-from forno.server.transport.envoy.ends import HTTP_PREFIX
+from forno.server.transport.envoy.ends import HTTP_PREFIX, MAX_STREAM_S
 from forno.server.transport.envoy.metadata import to_wire
-from forno.server.transport.envoy.methods import Method, Running
+from forno.server.transport.envoy.methods import Method, Running, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +50,18 @@ class EnvoyHost:
         max_message_bytes: Largest request or response message.
         count_rpcs: Told of ended calls: path, status name, how many.
         guard: Admits calls; None = all may come in.
+        max_call_s: Longest time for a message of a stream to come whole, in seconds.
     """
 
-    def __init__(self, max_message_bytes: int, count_rpcs: CountRpcs, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        max_message_bytes: int,
+        count_rpcs: CountRpcs,
+        guard: Guard | None = None,
+        max_call_s: float = MAX_STREAM_S,
+    ) -> None:
         self._native: Native = importlib.import_module("_forno_envoy")
-        self._max_message_bytes = max_message_bytes
+        self._limits = (max_message_bytes, MAX_INBOX_BYTES, MAX_ITEMS, max_call_s)
         self.count_rpcs = count_rpcs
         self._guard = guard
         self._methods: list[Method] = []
@@ -76,28 +82,10 @@ class EnvoyHost:
         Raises:
             TypeError: A handler is not a coroutine function or async generator function.
         """
-        for name, handler in method_handlers.items():
-            behavior = (
-                (handler.stream_stream if handler.response_streaming else handler.stream_unary)
-                if handler.request_streaming
-                else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
-            )
-            if getattr(behavior, "__module__", "").endswith("_pb2_grpc"):
-                continue  # the servicer leaves it out, and has generated code's stub: unknown methods end the same way
-            generator = inspect.isasyncgenfunction(behavior)
-            if not generator and not inspect.iscoroutinefunction(behavior):
-                raise TypeError(f"/{service_name}/{name} is not an async function")
-            self._methods.append(
-                Method(
-                    f"/{service_name}/{name}",
-                    handler,
-                    handler.request_deserializer or bytes,
-                    handler.response_serializer or bytes,
-                    behavior,
-                    generator,
-                    self._guard.admission(f"/{service_name}/{name}") if self._guard else None,
-                )
-            )
+        found = (method_of(f"/{service_name}/{name}", handler) for name, handler in method_handlers.items())
+        for method in filter(None, found):
+            method.need = self._guard.admission(method.path) if self._guard else None
+            self._methods.append(method)
 
     def add_hot_handler(self, path: str, handler: HotHandler, layout: Layout) -> None:
         """Gives a method, registered before, a short way for requests that repeat.
@@ -131,7 +119,7 @@ class EnvoyHost:
             (HTTP_PREFIX * bool(method.http) + method.path, method.handler.request_streaming, method.layout)
             for method in self._methods
         ]
-        descriptor = self._native.serve(methods, self._max_message_bytes, MAX_INBOX_BYTES, MAX_ITEMS, self._fail_reply)
+        descriptor = self._native.serve(methods, *self._limits, self._fail_reply)
         self._loop.add_reader(descriptor, self._drain)
 
     @property

@@ -61,7 +61,8 @@ async def _serve(given: dict[str, Any], ours: socket.socket) -> None:
     ended = asyncio.Event()
 
     def make(config: Config, server: Server) -> _InEnvoy:
-        host = EnvoyHost(config.server.max_message_bytes, server.metrics.rpc, server.guard)
+        limits = config.server
+        host = EnvoyHost(limits.max_message_bytes, server.metrics.rpc, server.guard, limits.max_call_s)
         host.stopped = ended
         return _InEnvoy(host)
 

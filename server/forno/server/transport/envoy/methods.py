@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,3 +43,23 @@ class Running:
     context: Context
     method: Method
     principal: Principal | None  # of a stream's items on the short way; its task has its own
+
+
+def method_of(path: str, handler: Any) -> Method | None:
+    """A handler that generated code registers, as an RPC; None where the servicer leaves it out.
+
+    Raises:
+        TypeError: It is not a coroutine function or async generator function.
+    """
+    behavior = (
+        (handler.stream_stream if handler.response_streaming else handler.stream_unary)
+        if handler.request_streaming
+        else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
+    )
+    if getattr(behavior, "__module__", "").endswith("_pb2_grpc"):
+        return None  # the stub of generated code: unknown methods end the same way
+    generator = inspect.isasyncgenfunction(behavior)
+    if not generator and not inspect.iscoroutinefunction(behavior):
+        raise TypeError(f"{path} is not an async function")
+    decode, encode = handler.request_deserializer or bytes, handler.response_serializer or bytes
+    return Method(path, handler, decode, encode, behavior, generator)

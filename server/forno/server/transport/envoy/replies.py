@@ -28,14 +28,29 @@ def render() -> dict[str, Any]:
         value = {"default_value": status, "runtime_key": f"forno.local_reply.{status}"}
         return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
 
-    mappers: list[dict[str, Any]] = [{"filter": grpc_call, "body_format_override": plain}]
+    def refused(condition: dict[str, Any], body_format: dict[str, Any]) -> dict[str, Any]:
+        """By the `refuser` of ceilings.py."""
+        return {
+            "filter": {"and_filter": {"filters": [{"response_flag_filter": {"flags": ["FI"]}}, condition]}},
+            "body": {"inline_string": "the server's memory is full (server.max_heap_bytes); try again in a moment"},
+            "body_format_override": body_format,
+            "headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
+        }
+
+    def document(code: int) -> dict[str, Any]:
+        return {"json_format": {"code": code, "message": "%LOCAL_REPLY_BODY%", "details": []}}
+
+    mappers: list[dict[str, Any]] = [
+        refused(grpc_call, plain),
+        refused(status_is(503), document(14)),
+        {"filter": grpc_call, "body_format_override": plain},
+    ]
     for status, code in _CODES.items():
-        body = {"json_format": {"code": code, "message": "%LOCAL_REPLY_BODY%", "details": []}}
-        mapper: dict[str, Any] = {"filter": status_is(status), "body_format_override": body}
+        mapper: dict[str, Any] = {"filter": status_is(status), "body_format_override": document(code)}
         if status == 408:
             mapper["status_code"] = 504
         mappers.append(mapper)
     return {
         "mappers": mappers,
-        "body_format": {"json_format": {"code": 13, "message": "%LOCAL_REPLY_BODY%", "details": []}},
+        "body_format": document(13),
     }

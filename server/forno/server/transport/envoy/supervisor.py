@@ -66,19 +66,22 @@ class Envoy:
         self._on_log = on_log
         self._address = address
         tls = config.security.tls
-        self._secrets = doors.Secrets(tls, self._folder) if tls.certificate_file and not inner else None
+        secrets = doors.Secrets(tls, self._folder) if tls.certificate_file and not inner else None
         self._title = title
+        heap_bytes = 0 if inner else ceilings.heap_bytes(config)
+        heap_watch = ceilings.HeapWatch(self.ask, heap_bytes) if heap_bytes else None
+        self._watches = [watch for watch in (secrets, heap_watch) if watch is not None]
         listener = bootstrap.Listener(
             address,
             self._admin,
             config.server.max_message_bytes,
             config.server.socket_mode,
             security=None if inner else config.security,
-            secrets=self._folder if self._secrets else None,
+            secrets=self._folder if secrets else None,
             inner=inner,
             max_connections=config.server.max_connections,
-            idle_call_s=MAX_STREAM_S if inner else config.server.idle_call_s,
-            max_heap_bytes=0 if inner else ceilings.heap_bytes(config),
+            max_call_s=MAX_STREAM_S if inner else config.server.max_call_s,
+            max_heap_bytes=heap_bytes,
         )
         self._bootstrap = self._folder / "envoy.json"
         self._bootstrap.touch(mode=0o600)
@@ -107,8 +110,9 @@ class Envoy:
         Returns:
             The process.
         """
-        if self._secrets:
-            self._secrets.start()
+        if self._process is None:  # the first time
+            for watch in self._watches:
+                watch.start()
         read_end, write_end = os.pipe()
         command = [
             *(self._title, "-c", str(self._bootstrap), "--disable-hot-restart"),
@@ -155,8 +159,8 @@ class Envoy:
 
     def close(self) -> None:
         """Ends the process and removes its files."""
-        if self._secrets:
-            self._secrets.close()
+        for watch in self._watches:
+            watch.close()
         if self._process and self._process.poll() is None:
             self._process.terminate()
             try:

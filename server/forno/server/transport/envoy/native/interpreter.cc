@@ -277,14 +277,17 @@ PyObject* take(PyObject*, PyObject*) {
 PyObject* serve(PyObject*, PyObject* args) {
   PyObject* paths;
   Py_ssize_t max_message_bytes, max_inbox_bytes, max_items;
+  double max_message_s;
   PyObject* fail;
-  if (!PyArg_ParseTuple(args, "O!nnnO", &PyList_Type, &paths, &max_message_bytes, &max_inbox_bytes, &max_items, &fail)) {
+  if (!PyArg_ParseTuple(args, "O!nnndO", &PyList_Type, &paths, &max_message_bytes, &max_inbox_bytes, &max_items,
+                        &max_message_s, &fail)) {
     return nullptr;
   }
   Methods* next = new Methods;  // never freed: streams keep looking at it
   next->max_message_bytes = static_cast<size_t>(max_message_bytes);
   next->max_inbox_bytes = static_cast<size_t>(max_inbox_bytes);
   next->max_items = static_cast<size_t>(max_items);
+  next->max_message_us = static_cast<int64_t>(max_message_s * 1e6);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(paths); i++) {
     const char* path;
     int request_streaming;
@@ -305,8 +308,8 @@ PyObject* serve(PyObject*, PyObject* args) {
 
 PyMethodDef module_methods[] = {
     {"serve", serve, METH_VARARGS,
-     "Opens the doors: ([(path, request_streaming, layout)], max_message_bytes, max_inbox_bytes, max_items, fail) ->\n"
-     "descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests are not to be split.\n"
+     "Opens the doors: ([(path, request_streaming, layout)], max_message_bytes, max_inbox_bytes, max_items,\n"
+     "max_message_s, fail) -> descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests are not to be split.\n"
      "`fail` is called with a Reply and an error, or a size that is over the limit."},
     {"take", take, METH_NOARGS,
      "All events that wait: [(kind, Call, message or None, compressed)], but (HOT, method, key, [Reply]),\n"

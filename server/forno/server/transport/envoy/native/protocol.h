@@ -6,7 +6,8 @@
 #include <string>
 #include <string_view>
 
-constexpr int kInvalidArgument = 3, kResourceExhausted = 8, kUnimplemented = 12, kInternal = 13, kUnavailable = 14;  // statuses
+constexpr int kInvalidArgument = 3, kDeadlineExceeded = 4, kResourceExhausted = 8, kUnimplemented = 12, kInternal = 13,
+              kUnavailable = 14;  // statuses
 
 // Before each message: one byte, whether it is compressed, and four of length, most significant first.
 constexpr size_t kPrefixBytes = 5;

@@ -105,7 +105,10 @@ int Stream::on_body(void* filter, bool end) {
       ended_in_envoy_ = end;
       return kStopBodyAndWatermark;
     }
-    if (left_in_envoy_) take_body(filter, kBufferedRequestBody);
+    if (left_in_envoy_) {
+      begun_us_ = 0;  // it was we who did not read
+      take_body(filter, kBufferedRequestBody);
+    }
   }
   take_body(filter, kReceivedRequestBody);
   if (http) {
@@ -198,7 +201,13 @@ bool Stream::split_messages(void* filter) {
     return false;
   }
   body_.erase(body_begin_, at - body_begin_);
-  return true;
+  if (at > body_begin_ || body_.empty()) begun_us_ = 0;
+  if (body_.empty()) return true;
+  const int64_t now = now_us();
+  if (!begun_us_) begun_us_ = now;
+  if (now - begun_us_ <= methods_->max_message_us) return true;
+  refuse(filter, kDeadlineExceeded, "a message of the stream took too long to come (server.max_call_s)");
+  return false;
 }
 
 Message Stream::message_of(std::string bytes, size_t begin, bool compressed) const {
@@ -267,6 +276,7 @@ void Stream::on_scheduled(void* filter) {
 
 void Stream::resume(void* filter) {
   if (!left_in_envoy_) return;
+  begun_us_ = 0;  // it was we who did not read
   take_body(filter, kBufferedRequestBody);
   if (split_messages(filter) && ended_in_envoy_) finish_request(filter);
 }
