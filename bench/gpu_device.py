@@ -51,7 +51,7 @@ def kernels(device: Device, rows: int) -> dict[str, dict[str, float]]:
     images, side, classes, tokens, dims, width = rows, 256, 1000, 128, 384, 128
     sizes = {  # bytes of what is read, and of what is written
         "fill": (0, rows * tokens * dims * 4),
-        "image_to_nchw_f16": (images * side * side * 3, images * 224 * 224 * 3 * 2),
+        "image_to_tensor_f16": (images * side * side * 3, images * 224 * 224 * 3 * 2),
         "softmax_topk_f32": (rows * classes * 4, rows * 5 * 8),
         "mean_pool_f16": (rows * tokens * dims * 2, rows * dims * 4),
         "pack_rows_u64": (rows * width * 8, 2 * rows * width * 8),
@@ -72,15 +72,16 @@ def kernels(device: Device, rows: int) -> dict[str, dict[str, float]]:
                 device.finish(stream)
 
             device.fill(near, 0, room_bytes, stream)
-            image_places = np.arange(2 * images, dtype=np.int64) * side * side * 3  # offsets, then heights and widths
-            image_places[images:] = side << 32 | side
+            image_places = np.empty(images * 4, np.int64)  # offsets, then of each three pairs of numbers: see `ways`
+            image_places[:images] = np.arange(images) * side * side * 3
+            image_places[images:].reshape(images, 3)[:] = (side << 32 | side, 224 << 32 | 224, 0)
             runs: dict[str, tuple[Any, Callable[[], None]]] = {
                 "fill": (np.zeros(1, np.int64), lambda: device.fill(far, 1, sizes["fill"][1], stream)),
-                "image_to_nchw_f16": (
+                "image_to_tensor_f16": (
                     image_places,
-                    lambda: library.image_to_nchw(
+                    lambda: library.image_to_tensor(
                         near, index_at, index_at + 8 * images, far, count=images, channels=3, height=224, width=224,
-                        scale=(0.017,) * 3, bias=(-2.0,) * 3, antialias=False, dtype="float16", stream=stream,
+                        scale=(0.017,) * 3, bias=(-2.0,) * 3, dtype="float16", stream=stream,
                     ),
                 ),
                 "softmax_topk_f32": (

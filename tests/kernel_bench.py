@@ -55,20 +55,23 @@ class KernelBench:
                 device.free(pointer)
                 device.free_pinned(host)
 
-    def image_to_nchw(
-        self, images: list[Array], height: int, width: int, scale: Any, bias: Any, *, antialias: bool, dtype: str
-    ) -> Array:
+    def image_to_tensor(
+        self, images: list[Array], height: int, width: int, scale: Any, bias: Any, *, antialias: bool = True,
+        dtype: str, windows: Any = None, channels_last: bool = False,
+    ) -> Array:  # fmt: skip
         channels = len(scale)
         arena = np.concatenate([image.ravel() for image in images] or [np.zeros(0, np.uint8)])
         ends = np.cumsum([image.size for image in images])
         offsets = np.array([0, *ends[:-1]], np.int64)[: len(images)]
-        sizes = np.array([image.shape[:2] for image in images], np.int32)
-        out = np.empty((len(images), channels, height, width), dtype)
-        with self.on_device(arena, offsets, sizes, out) as (arena_at, offsets_at, sizes_at, out_at):
-            self.kernels.image_to_nchw(
-                arena_at, offsets_at, sizes_at, out_at,
+        windows = windows or [(height, width, 0, 0)] * len(images)
+        pairs = zip(images, windows, strict=True)
+        ways = np.array([(*image.shape[:2], *window) for image, window in pairs], np.int32)
+        out = np.empty((len(images), *((height, width, channels) if channels_last else (channels, height, width))), dtype)
+        with self.on_device(arena, offsets, ways, out) as (arena_at, offsets_at, ways_at, out_at):
+            self.kernels.image_to_tensor(
+                arena_at, offsets_at, ways_at, out_at,
                 count=len(images), channels=channels, height=height, width=width, scale=scale, bias=bias,
-                antialias=antialias, dtype=dtype, stream=self.stream,
+                antialias=antialias, channels_last=channels_last, dtype=dtype, stream=self.stream,
             )  # fmt: skip
         return out
 

@@ -56,19 +56,26 @@ class TestImages:
         width=st.integers(1, 19),
         channels=st.integers(1, 4),
         antialias=st.booleans(),
+        channels_last=st.booleans(),
         dtype=st.sampled_from(FLOATS),
         seed=st.integers(0, 99),
+        more=st.none() | st.tuples(st.integers(0, 7), st.integers(0, 9)),
     )
     def test_any_sizes(
-        self, bench: KernelBench, sizes: Any, height: int, width: int, channels: int, antialias: bool, dtype: str,
-        seed: int,
+        self, bench: KernelBench, sizes: Any, height: int, width: int, channels: int, antialias: bool,
+        channels_last: bool, dtype: str, seed: int, more: Any,
     ) -> None:  # fmt: skip
         random = np.random.default_rng(seed)
         images = [random_image(random, *size, channels) for size in sizes]
         scale, bias = random.uniform(0.001, 0.1, channels), random.uniform(-3, 3, channels)
-        given = (images, height, width, scale, bias)
-        want = reference.image_to_nchw(*given, antialias=antialias, dtype=dtype)
-        got = bench.image_to_nchw(*given, antialias=antialias, dtype=dtype)
+        given: Any = (images, height, width, scale, bias)
+        ways: Any = {"antialias": antialias, "channels_last": channels_last, "dtype": dtype}
+        if more is not None:
+            down, across = more
+            windows = random.integers(0, [down + 1, across + 1], (len(images), 2)).tolist()
+            ways["windows"] = [(height + down, width + across, *window) for window in windows]
+        want = reference.image_to_tensor(*given, **ways)
+        got = bench.image_to_tensor(*given, **ways)
         tolerance = 2e-2 if dtype == "float16" else 1e-4  # values reach 30, where float16 has steps of 1.6e-2
         np.testing.assert_allclose(got.astype(np.float64), want.astype(np.float64), rtol=0, atol=tolerance)
 
@@ -77,26 +84,26 @@ class TestImages:
         image = random_image(np.random.default_rng(0), 3, 30011, 1)
         given = ([image], 2, 97, [1.0], [0.0])
         for antialias in (False, True):
-            got = bench.image_to_nchw(*given, antialias=antialias, dtype="float32")
-            np.testing.assert_allclose(got, reference.image_to_nchw(*given, antialias=antialias), atol=2e-2)
+            got = bench.image_to_tensor(*given, antialias=antialias, dtype="float32")
+            np.testing.assert_allclose(got, reference.image_to_tensor(*given, antialias=antialias), atol=2e-2)
 
     def test_the_same_size_changes_nothing(self, bench: KernelBench) -> None:
         image = random_image(np.random.default_rng(0), 17, 33, 3)
-        got = bench.image_to_nchw([image], 17, 33, [1.0] * 3, [0.0] * 3, antialias=True, dtype="float32")
+        got = bench.image_to_tensor([image], 17, 33, [1.0] * 3, [0.0] * 3, antialias=True, dtype="float32")
         np.testing.assert_array_equal(got[0], image.transpose(2, 0, 1))
 
     @pytest.mark.parametrize("channels", [0, 5])
     def test_channels_are_counted(self, bench: KernelBench, channels: int) -> None:
         image = np.zeros((2, 2, channels), np.uint8)
         with pytest.raises(ValueError, match=f"channels is {channels}, expected 1 to 4"):
-            bench.image_to_nchw([image], 2, 2, [1.0] * channels, [0.0] * channels, antialias=True, dtype="float32")
+            bench.image_to_tensor([image], 2, 2, [1.0] * channels, [0.0] * channels, antialias=True, dtype="float32")
 
     @pytest.mark.parametrize("size", [(31, 57), (64, 64), (5, 7)])
     def test_reference_is_pillows_bilinear(self, size: tuple[int, int]) -> None:
         image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
         pixels = random_image(np.random.default_rng(1), *size, 3)
         want = np.asarray(image.fromarray(pixels).resize((20, 24), image.Resampling.BILINEAR))
-        got = reference.image_to_nchw([pixels], 24, 20, [1.0] * 3, [0.0] * 3, antialias=True)
+        got = reference.image_to_tensor([pixels], 24, 20, [1.0] * 3, [0.0] * 3, antialias=True)
         # Pillow rounds to bytes after each axis.
         np.testing.assert_allclose(got[0].transpose(1, 2, 0), want, atol=1.01)
 
@@ -118,7 +125,7 @@ class TestImages:
         onnx.save(model, file)
         session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
         (want,) = session.run(None, {"x": pixels.transpose(2, 0, 1)[None].astype(np.float32)})
-        got = reference.image_to_nchw([pixels], 24, 20, [1.0], [0.0], antialias=antialias)
+        got = reference.image_to_tensor([pixels], 24, 20, [1.0], [0.0], antialias=antialias)
         np.testing.assert_allclose(got, want, atol=2e-2)
 
 

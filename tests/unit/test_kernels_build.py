@@ -20,7 +20,7 @@ NAMES = sorted(
     name
     for path in build.SOURCES.glob("*.cu")
     for macro, prefixes in {
-        "IMAGE_TO_NCHW": ("image_to_nchw_",),
+        "IMAGE_TO_TENSOR": ("image_to_tensor_",),
         "PACK_ROWS": ("pack_rows_", "unpack_rows_"),
         "SCATTER_ROWS": ("scatter_rows_",),
         "SOFTMAX_TOPK": ("softmax_topk_",),

@@ -50,11 +50,11 @@ class Kernels:
         self._module = device.load_module(kernels_for(device.architecture, cache))
         self._functions: dict[str, int] = {}
 
-    def image_to_nchw(
+    def image_to_tensor(
         self,
         images: int,
         offsets: int,
-        sizes: int,
+        ways: int,
         out: int,
         *,
         count: int,
@@ -63,27 +63,30 @@ class Kernels:
         width: int,
         scale: Sequence[float],
         bias: Sequence[float],
-        antialias: bool,
         dtype: str,
         stream: int,
+        antialias: bool = True,
+        channels_last: bool = False,
     ) -> None:
-        """Resizes (bilinear, half-pixel centres) and normalises images of uint8 [height, width, channels].
+        """Resizes (bilinear, half-pixel centres), crops and normalises images of uint8 [height, width, channels].
 
         Args:
             images: uint8; the images, anywhere in it.
             offsets: int64 [count]; where each begins.
-            sizes: int32 [count, 2]; height and width of each, 1 to MOST_PIXELS.
-            out: [count, channels, height, width].
+            ways: int32 [count, 6]; for each its height and width, the height and width that it is resized to, and
+                there the top and the left of the window that is made of it. Sides are 1 to MOST_PIXELS.
+            out: [count, channels, height, width], or with `channels_last` [count, height, width, channels].
             count: Of images.
             channels: Of each, 1 to MOST_CHANNELS.
             height: Of what comes out, 1 to MOST_PIXELS.
             width: The same.
             scale: For each channel, what a value of 0 to 255 is multiplied by.
             bias: For each channel, what is added then.
-            antialias: Whether what is made smaller is a mean of all of its pixels, as Pillow does, or of the two
-                nearest along each axis, as OpenCV does.
             dtype: Of what comes out, float16 or float32.
             stream: Where it runs.
+            antialias: Whether what is made smaller is a mean of all of its pixels, as Pillow does, or of the two
+                nearest along each axis, as OpenCV does.
+            channels_last: Which of the two orders comes out.
         """
         _expect("channels", channels, 1, MOST_CHANNELS)
         _expect("height", height, 1, MOST_PIXELS)
@@ -92,10 +95,11 @@ class Kernels:
             raise ValueError(f"{len(scale)} scales and {len(bias)} biases for {channels} channels")
         floats = c_float * MOST_CHANNELS
         arguments = (
-            *(c_void_p(images), c_void_p(offsets), c_void_p(sizes), c_void_p(out), c_int32(count), c_int32(channels)),
-            *(c_int32(height), c_int32(width), c_int32(antialias), Normalise(floats(*scale), floats(*bias))),
+            *(c_void_p(images), c_void_p(offsets), c_void_p(ways), c_void_p(out), c_int32(count), c_int32(channels)),
+            *(c_int32(height), c_int32(width), c_int32(antialias), c_int32(channels_last)),
+            Normalise(floats(*scale), floats(*bias)),
         )
-        self._along_rows(f"image_to_nchw_{_float(dtype)}", count, height * width, arguments, stream)
+        self._along_rows(f"image_to_tensor_{_float(dtype)}", count, height * width, arguments, stream)
 
     def pack_rows(
         self,

@@ -30,32 +30,35 @@ def resize_weights(source: int, target: int, *, antialias: bool) -> Array:
     return weights
 
 
-def image_to_nchw(
+def image_to_tensor(
     images: Sequence[Array],
     height: int,
     width: int,
     scale: Sequence[float],
     bias: Sequence[float],
     *,
-    antialias: bool,
+    antialias: bool = True,
     dtype: str = "float32",
+    windows: Sequence[tuple[int, int, int, int]] | None = None,
+    channels_last: bool = False,
 ) -> Array:
     """Images of uint8 [height, width, channels], of any sizes, as one tensor [images, channels, height, width].
 
-    A value of 0 to 255, not rounded in between, times the channel's scale, plus its bias.
+    A value of 0 to 255, not rounded in between, times the channel's scale, plus its bias. Each image is resized to the
+    first two numbers of its window, and what begins at the last two, top and left, is taken; without windows it is
+    resized to what is wanted. With `channels_last` the channels are the last axis.
     """
-    resized = [
-        resize_weights(image.shape[0], height, antialias=antialias)
-        @ image.transpose(2, 0, 1).astype(np.float64)
-        @ resize_weights(image.shape[1], width, antialias=antialias).T
-        for image in images
-    ]
+    resized = []
+    for image, (rows, columns, top, left) in zip(images, windows or [(height, width, 0, 0)] * len(images), strict=True):
+        down = resize_weights(image.shape[0], rows, antialias=antialias)[top : top + height]
+        across = resize_weights(image.shape[1], columns, antialias=antialias)[left : left + width]
+        resized.append(down @ image.transpose(2, 0, 1).astype(np.float64) @ across.T)
     channels = len(scale)
     stacked = np.stack(resized) if resized else np.zeros((0, channels, height, width))
     by_channel = (1, channels, 1, 1)
     with np.errstate(over="ignore"):
         normalised: Array = (stacked * np.reshape(scale, by_channel) + np.reshape(bias, by_channel)).astype(dtype)
-    return normalised
+    return normalised.transpose(0, 2, 3, 1) if channels_last else normalised
 
 
 def pack_rows(rows: Sequence[Array], width: int, fill: Any) -> tuple[Array, Array]:

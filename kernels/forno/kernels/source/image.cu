@@ -41,24 +41,32 @@ struct Taps {
   }
 };
 
-// bytes[offsets[i] ...]: image i, [sizes[2i], sizes[2i + 1], channels], in an arena of images of any sizes
-// out: [images, channels, height, width], value * scale[channel] + bias[channel]
+// How one image comes to its size: it is resized, and of that a window is taken, [height, width] of the output.
+struct Way {
+  i32 height, width;                  // of the image
+  i32 resized_height, resized_width;  // of all of it, as far as the window lies in it
+  i32 top, left;                      // of the window
+};
+
+// bytes[offsets[i] ...]: image i, [ways[i].height, ways[i].width, channels], in an arena of images of any sizes
+// out: [images, channels, height, width], with `channels_last` [images, height, width, channels];
+//      value * scale[channel] + bias[channel]
 template <class Out>
-__device__ void image_to_nchw(const u8* bytes, const i64* offsets, const i32* sizes, Out* out, i32 images, i32 channels,
-                              i32 height, i32 width, i32 antialias, const Normalise& normalise) {
+__device__ void image_to_tensor(const u8* bytes, const i64* offsets, const Way* ways, Out* out, i32 images,
+                                i32 channels, i32 height, i32 width, i32 antialias, i32 channels_last,
+                                const Normalise& normalise) {
   const u32 plane = static_cast<u32>(height) * static_cast<u32>(width);
   for (i32 image = blockIdx.y; image < images; image += gridDim.y) {
     const u8* source = bytes + offsets[image];
-    const int source_height = sizes[2 * image];
-    const int source_width = sizes[2 * image + 1];
+    const Way way = ways[image];
     Out* target = out + static_cast<i64>(image) * channels * plane;
     for (u32 item = first_item(); item < plane; item += item_stride()) {
-      const Taps rows(item / width, source_height, height, antialias != 0);
-      const Taps columns(item % width, source_width, width, antialias != 0);
+      const Taps rows(item / width + way.top, way.height, way.resized_height, antialias != 0);
+      const Taps columns(item % width + way.left, way.width, way.resized_width, antialias != 0);
       float sums[kMostChannels] = {0.0f, 0.0f, 0.0f, 0.0f};
       float total = 0.0f;
       for (int row = rows.first; row <= rows.last; ++row) {
-        const u8* line = source + static_cast<i64>(row) * source_width * channels;
+        const u8* line = source + static_cast<i64>(row) * way.width * channels;
         const float row_weight = rows.weight(row);
         for (int column = columns.first; column <= columns.last; ++column) {
           const float weight = row_weight * columns.weight(column);
@@ -75,7 +83,8 @@ __device__ void image_to_nchw(const u8* bytes, const i64* offsets, const i32* si
       for (int channel = 0; channel < kMostChannels; ++channel) {
         if (channel < channels) {
           const float value = total > 0.0f ? sums[channel] / total : 0.0f;  // no pixels, no value
-          Out& element = target[static_cast<i64>(channel) * plane + item];
+          const i64 at = channels_last ? static_cast<i64>(item) * channels + channel : static_cast<i64>(channel) * plane + item;
+          Out& element = target[at];
           narrow(value * normalise.scale[channel] + normalise.bias[channel], element);
         }
       }
@@ -85,13 +94,13 @@ __device__ void image_to_nchw(const u8* bytes, const i64* offsets, const i32* si
 
 }  // namespace
 
-#define IMAGE_TO_NCHW(type)                                                                                            \
-  extern "C" __global__ void image_to_nchw_##type(const u8* bytes, const i64* offsets, const i32* sizes, type* out,    \
-                                                  i32 images, i32 channels, i32 height, i32 width, i32 antialias,      \
-                                                  Normalise normalise) {                                               \
-    image_to_nchw(bytes, offsets, sizes, out, images, channels, height, width, antialias, normalise);                  \
+#define IMAGE_TO_TENSOR(type)                                                                                          \
+  extern "C" __global__ void image_to_tensor_##type(const u8* bytes, const i64* offsets, const Way* ways, type* out,   \
+                                                    i32 images, i32 channels, i32 height, i32 width, i32 antialias,    \
+                                                    i32 channels_last, Normalise normalise) {                          \
+    image_to_tensor(bytes, offsets, ways, out, images, channels, height, width, antialias, channels_last, normalise);  \
   }                                                                                                                    \
-  EXPORT(image_to_nchw_##type)
+  EXPORT(image_to_tensor_##type)
 
-IMAGE_TO_NCHW(f16)
-IMAGE_TO_NCHW(f32)
+IMAGE_TO_TENSOR(f16)
+IMAGE_TO_TENSOR(f32)
