@@ -11,7 +11,7 @@ from forno.server.batcher import Batcher
 from forno.server.config import BatchingSettings
 from forno.server.errors import Overloaded
 from forno.server.request import NEVER_US, Batch, Request
-from forno.server.worker import Worker
+from forno.server.worker import SPARE_SLOTS, Worker
 
 
 class WatchedBatcher(Batcher):
@@ -113,7 +113,7 @@ class Bench:
             self.engine,
             self.batcher,
             self.metrics,
-            max_rows=self.settings.max_rows,
+            slots=[self.engine.new_slot(self.settings.max_rows) for _ in range(instances + SPARE_SLOTS)],
             run_us=run_us,
             inline_below_us=0 if threaded else inline_below_us,
             instances=instances,

@@ -78,5 +78,12 @@ class EngineFailed(FornoError):
     """The engine raised while running a batch; the message carries an id that is in the log, and no internals."""
 
 
+class EngineLost(Exception):
+    """The engine can run nothing any more: its device is of no use to this process until that starts anew.
+
+    Never sent to a caller: who was in the run gets EngineFailed, and everybody after that NotReady.
+    """
+
+
 class ConfigError(FornoError):
     """The server cannot start as asked: a setting, a path or a model file is wrong. Never sent to a caller."""

@@ -21,11 +21,11 @@ from forno.server.sharing import weigh_this_thread
 from forno.server.signature import Signature
 from forno.server.splitting import parts_of
 from forno.server.warmup import WarmUp, warm_up
-from forno.server.worker import Worker
+from forno.server.worker import SPARE_SLOTS, Worker
 from forno.v1.tensors import OBJECT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from forno.server.config import ModelSettings
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from forno.server.metrics import ModelMetrics
     from forno.server.request import Answer, Request, RowShapes
     from forno.server.shapes import Cut, Fit
+    from forno.server.slots import Slot
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,7 +44,7 @@ _MOST_FITS = 4096
 
 
 class ModelState(Enum):
-    """Where a model is in its life: LOADING -> READY -> DRAINING -> UNLOADED, or LOADING -> FAILED."""
+    """Where a model is in its life: LOADING -> READY -> DRAINING -> UNLOADED; LOADING or READY -> FAILED."""
 
     LOADING = "loading"
     """Its file is read, or its first runs are under way; also before `load` was called."""
@@ -54,7 +55,7 @@ class ModelState(Enum):
     UNLOADED = "unloaded"
     """It holds nothing any more."""
     FAILED = "failed"
-    """It could not be loaded; `error` says why."""
+    """It could not be loaded, or its device is lost; `error` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,8 @@ class Model:
         self.signature = Signature((), (), batched=False)
         self.max_rows = 1
         self.example_shapes: tuple[tuple[int, ...], ...] = ()  # of inputs that passed the first runs; empty if none did
+        self.on_failed: Callable[[], None] = lambda: None
+        """Called when it fails after it was ready; `error` says why."""
         self._metrics = metrics
         self._clock_us = clock
         self._worker: Worker | None = None
@@ -128,7 +131,7 @@ class Model:
         """
         self._settled.clear()
         try:
-            engine, warm = await self._on_own_thread(self._open)
+            engine, warm, slots = await self._on_own_thread(self._open)
         except BaseException as error:
             self.error = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             self.state = ModelState.FAILED
@@ -140,7 +143,7 @@ class Model:
         if self.state is not ModelState.LOADING:
             engine.close()
             raise NotReady(f"model '{self}' was stopped while it was loading")
-        self._begin(engine, warm)
+        self._begin(engine, warm, slots)
 
     def submit(self, request: Request) -> None:
         """Queues a request; later its future holds what `finish` returned, or an error of the table in errors.py.
@@ -210,12 +213,15 @@ class Model:
         finally:
             pool.shutdown(wait=False)
 
-    def _open(self) -> tuple[Engine[Any], WarmUp]:
-        """The blocking part of `load`."""
+    def _open(self) -> tuple[Engine[Any], WarmUp, list[Slot]]:
+        """The blocking part of `load`: pinned memory, too, takes a while to get."""
         self.engine_name = engine_name(self.path, self.settings)
         engine = open_engine(self.path, self.settings)
         try:
-            return engine, self._prove(engine)
+            warm = self._prove(engine)
+            self.max_rows = self._most_rows(warm)
+            slots = [engine.new_slot(self.max_rows) for _ in range(self.settings.instances + SPARE_SLOTS)]
+            return engine, warm, slots
         except ConfigError as error:
             engine.close()
             raise ConfigError(f"model '{self.name}': {error}") from error
@@ -245,13 +251,14 @@ class Model:
         engine.signature = replace(warm.signature, padding=padding)
         return replace(warm, signature=engine.signature, note="; ".join(filter(None, (warm.note, note))))
 
-    def _begin(self, engine: Engine[Any], warm: WarmUp) -> None:
+    def _most_rows(self, warm: WarmUp) -> int:
+        settings = self.settings
+        return rows_limit(settings.batching.max_rows, settings.padding.allowed_rows) if warm.signature.batched else 1
+
+    def _begin(self, engine: Engine[Any], warm: WarmUp, slots: Sequence[Slot]) -> None:
         batching = self.settings.batching
         self.signature = warm.signature
         self.note = warm.note
-        self.max_rows = (
-            rows_limit(batching.max_rows, self.settings.padding.allowed_rows) if warm.signature.batched else 1
-        )
         self.example_shapes = warm.shapes
         self._pads = warm.signature.padding is not None and bool(warm.signature.padding.names)
         if engine.text_only:
@@ -271,17 +278,25 @@ class Model:
             engine,
             self._batcher,
             self._metrics,
-            max_rows=self.max_rows,
+            slots=slots,
             run_us=warm.run_us,
             inline_below_us=self.settings.inline_below_us if warm.inline and self.settings.cpu_weight == 1 else 0,
             instances=self.settings.instances,
             cpu_weight=self.settings.cpu_weight,
             clock_us=self._clock_us,
             loop=asyncio.get_running_loop(),
+            on_lost=self._fail,
         )
         if warm.note:
             log.log(logging.INFO if warm.passed else logging.WARNING, "%s: %s", self, warm.note)
         self.state = ModelState.READY
+
+    def _fail(self, why: str) -> None:
+        """Ends its service, while the server goes on."""
+        if self.state is ModelState.READY:
+            self.state, self.error = ModelState.FAILED, why
+            log.error("%s: %s; start the server anew", self, why)
+            self.on_failed()
 
     def _fit(self, request: Request) -> None:
         """Puts the request into its bucket, and has its own part cut out of what a padded run gives."""

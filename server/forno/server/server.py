@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -174,6 +175,7 @@ class Server:
         for model in self.registry.models():
             began = time.monotonic()
             await model.load()
+            model.on_failed = partial(self._set_failed, model)
             self._show(banner.loaded(model, time.monotonic() - began))
         for endpoint in self._endpoints.values():
             endpoint.check()
@@ -187,6 +189,11 @@ class Server:
     def _set_health(self, *, serving: bool) -> None:
         for name in self.health_names():
             self._health.set(name, serving=serving)
+
+    def _set_failed(self, model: Model) -> None:
+        """Has a model that can serve no more be noticed: whoever looks after this process is to start it anew."""
+        for name in ("", SERVICE, model.name):
+            self._health.set(name, serving=False)
 
     def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:
         for model in self.registry.models():

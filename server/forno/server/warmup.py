@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forno.server.errors import ConfigError
+from forno.server.errors import ConfigError, EngineLost
 from forno.v1.tensors import OBJECT
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ def _run(engine: Engine[Any], inputs: Arrays, rows: int) -> list[Array]:
 def _try_run(engine: Engine[Any], inputs: Arrays, rows: int) -> list[Array] | None:
     try:
         return _run(engine, inputs, rows)
+    except EngineLost:
+        raise
     except Exception as error:  # noqa: BLE001  (engines raise what they like; here it only says that the input is wrong)
         log.debug("a made-up input did not pass: %s", error)
         return None

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from forno.server import turn
-from forno.server.errors import EngineFailed, FornoError, NotReady
+from forno.server.errors import EngineFailed, EngineLost, FornoError, NotReady
 from forno.server.request import NEVER_US, Answer
 from forno.server.sharing import weigh_this_thread
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("forno.model")
 
-_SPARE_SLOTS = 1
+SPARE_SLOTS = 1
 """Filled, or encoded from, while the others run."""
 _INLINE_BATCHES = 2
 """Most runs in one pass of the event loop, so that it also sees to its sockets."""
@@ -74,13 +74,14 @@ class Worker:
         engine: What runs; nobody else uses it from now on.
         batcher: Where requests wait; nobody else uses it from now on.
         metrics: Told once per batch.
-        max_rows: Most rows of a batch.
+        slots: Of the engine, one for each run at once and one to be filled or encoded from meanwhile.
         run_us: How long a full run took at warm-up.
         inline_below_us: Runs on the event loop while they stay near this; 0 = always on a thread.
         instances: Most runs at once.
         cpu_weight: Each thread's share of the processor, see `sharing.py`.
         clock_us: Monotonic time; called on both threads.
         loop: Where every method is called, and futures resolve.
+        on_lost: Told why, once the engine can run nothing any more; from then on every request is refused.
     """
 
     def __init__(
@@ -90,13 +91,14 @@ class Worker:
         batcher: Batcher,
         metrics: ModelMetrics,
         *,
-        max_rows: int,
+        slots: Sequence[Slot],
         run_us: int,
         inline_below_us: int,
         instances: int = 1,
         cpu_weight: float = 1.0,
         clock_us: Callable[[], int],
         loop: asyncio.AbstractEventLoop,
+        on_lost: Callable[[str], None] = lambda _why: None,
     ) -> None:
         self._name = name
         self._engine = engine
@@ -109,7 +111,8 @@ class Worker:
         self._slow_us = inline_below_us * _SLOW_FACTOR
         self._slow_runs = 0
         self._loop = loop
-        self._free = [engine.new_slot(max_rows) for _ in range(instances + _SPARE_SLOTS)]
+        self._on_lost = on_lost
+        self._free = [*slots]
         self._runs: list[_Run] = []  # handed to the threads and not yet answered, the oldest first
         self._door: SimpleQueue[_Run | None] | None = None  # None while runs are inline
         self._closed = False
@@ -326,6 +329,8 @@ class Worker:
                     future.set_exception(error)
                 except Exception as error:  # noqa: BLE001  (an encoder's fault is its own request's alone)
                     self._fail([request], "the answer could not be encoded", error)
+        if isinstance(run.error, EngineLost):
+            self._lose(str(run.error))
         run.slot.release()
         if run.slot.elements:
             self._metrics.padding(run.slot.elements, run.slot.padded_elements)
@@ -334,6 +339,13 @@ class Worker:
             requests, queue_us = [requests[index] for index in whole], [queue_us[index] for index in whole]
         total_us = [now_us - request.arrived_us for request in requests]
         self._metrics.batch(queue_us, total_us, rows, compute_us, failed=run.error is not None)
+
+    def _lose(self, why: str) -> None:
+        """Refuses what waits: others may still answer it."""
+        self._on_lost(why)
+        for request in self._batcher.take_all():
+            if not request.future.done():
+                request.future.set_exception(NotReady(f"model '{self._name}' cannot run any more: its device is lost"))
 
     def _fail(self, requests: Iterable[Request], what: str, error: Exception) -> None:
         """Answers without internals, and logs them under an id that the answer carries."""

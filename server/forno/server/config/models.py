@@ -99,13 +99,33 @@ class CudaSettings(Settings):
 
     tf32: bool = True
     """Whether float32 products may be rounded to 10 bits of mantissa, which is several times faster."""
+    graphs: bool = False
+    """Whether a run is captured once for each count of rows, and then started by one call instead of one a kernel: for
+    models of many short kernels. Needs `padding.allowed_rows` and a model of fixed row shapes."""
+    conv_search: Literal["exhaustive", "heuristic"] = "exhaustive"
+    """How ONNX Runtime chooses algorithms of convolutions: `exhaustive` tries them, again for each count of rows, so it
+    belongs with `padding.allowed_rows`; `heuristic` looks them up."""
+    channels_last: bool = False
+    """Whether ONNX Runtime computes convolutions with channels last: faster in float16 on GPUs with tensor cores."""
+    allow_cpu: bool = False
+    """Whether a part of a model that has no CUDA kernel may run on the CPU, between copies; false = such a model is
+    refused. What computes shapes may always run there."""
     memory_limit_bytes: Annotated[int, Field(strict=True, ge=0)] = 0
     """Most memory that the engine may take for what it computes with, in bytes; 0 = as much as there is."""
+    shrink_memory: bool = False
+    """Whether what a run took beyond the weights is given back after it: for models of which single requests are far
+    larger than others. Costs time in every run. Not together with `graphs`."""
     slot_limit_bytes: Annotated[int, Field(strict=True, ge=0)] = 0
     """Most memory for inputs and outputs of batches, in bytes, on the GPU and again in host memory that it copies from;
     0 = as much as there is."""
     busy_wait: bool = False
     """Whether threads that wait for the GPU spin: some microseconds sooner, a core lost."""
+
+    @model_validator(mode="after")
+    def _graphs_keep_their_memory(self) -> CudaSettings:
+        if self.graphs and self.shrink_memory:
+            raise ValueError("`graphs` are tied to the memory that `shrink_memory` gives back; remove one of them")
+        return self
 
 
 class NullSettings(Settings):
@@ -165,6 +185,12 @@ class ModelSettings(Settings):
         if not re.fullmatch(r"cpu|(cuda|pycuda)(:\d{1,3})?", device):
             raise ValueError("cpu, cuda or pycuda, the last two with a number where there are several, such as cuda:1")
         return device
+
+    @model_validator(mode="after")
+    def _graphs_of_known_rows(self) -> ModelSettings:
+        if self.cuda.graphs and not self.padding.allowed_rows:
+            raise ValueError("`cuda.graphs` needs `padding.allowed_rows`, such as [1, 2, 4, 8, 16, 32]: one graph for each")
+        return self
 
     @model_validator(mode="after")
     def _cached_only_if_deterministic(self) -> ModelSettings:

@@ -4,19 +4,24 @@ The runtime puts its work into the stream `compute` of the slots and returns; co
 known shape are written where one copy brings them out; others the runtime places itself, and each is copied. Whether it
 writes where it is told is proven by the first run, because it leaves a bound output untouched where a model hands an
 input straight through.
+
+With graphs, a run is captured by the runtime, once for each slot, thread (which is how it keeps them) and shape, and
+replayed from then on. A graph computes in memory that the runtime believes free, so all outputs must be bound then.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
 from forno.kernels.devices import DeviceError, attached, open_device
-from forno.server.engines.onnx import element_type, reason, signature_of
-from forno.server.errors import ConfigError
+from forno.server.engines.onnx import element_type, reason, signature_of, weights_bytes
+from forno.server.errors import ConfigError, EngineLost
 from forno.server.slots.cuda import Ring
 from forno.v1.tensors import OBJECT
 
@@ -35,6 +40,16 @@ log = logging.getLogger("forno.engine.onnx")
 _FATAL_ONLY = 4  # what is less arrives as an exception
 _UNTOUCHED = 0xA5
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
+_SHAPE_OPERATORS = frozenset(
+    "Add And Cast CastLike Ceil Clip Compress Concat Constant ConstantOfShape Cumsum Div Equal Expand Flatten Floor "
+    "Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg NonZero Not Or "
+    "Pad Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterElements ScatterND Shape Sign Size Slice Split "
+    "Squeeze Sub Tile TopK Transpose Unsqueeze Where".split()
+)
+"""What the runtime, by choice, computes of shapes on the CPU, although CUDA could: a few numbers each."""
+_NO_GRAPH = -1
+_MOST_GRAPHS = 1024
 
 
 class OnnxCudaEngine:
@@ -57,13 +72,16 @@ class OnnxCudaEngine:
         self._settings = settings
         self._device = device
         self._kind = "cpu" if device.name == "cpu" else "cuda"  # as the runtime calls it
-        self._ring: Ring | None = None
+        self.ring: Ring | None = None
         self._session: Any = None
         self._binds: bool | None = None  # unknown until one run went both ways
+        self._opener = threading.current_thread()  # whose runs are the first ones, and are not captured
+        self._graphs: dict[Any, Any] = {}  # see `_graph_key` -> the options of its runs
+        self._graph_ids = itertools.count(1)
         try:
             self._check_fits()
-            self._ring = Ring(device, settings.slot_limit_bytes, busy_wait=settings.busy_wait)
-            self._session = self._open(self._ring)
+            self.ring = Ring(device, settings.slot_limit_bytes, busy_wait=settings.busy_wait)
+            self._session = self._open(self.ring)
             self.signature = signature_of(self._session, path)
             texts = [spec.name for spec in (*self.signature.inputs, *self.signature.outputs) if spec.dtype == OBJECT]
             if texts:
@@ -73,8 +91,9 @@ class OnnxCudaEngine:
             raise
         self._input_names = [spec.name for spec in self.signature.inputs]
         self._output_names = [spec.name for spec in self.signature.outputs]
-        self._run_options = ort.RunOptions()
-        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if settings.graphs:
+            self._check_graphs()
+        self._run_options = self._new_run_options(_NO_GRAPH)
 
     def new_slot(self, max_rows: int) -> CudaSlot:
         """Buffers for one batch of up to `max_rows` rows."""
@@ -89,7 +108,11 @@ class OnnxCudaEngine:
             return slot.own_rows(self._prove_binding(slot, shapes))
         try:
             return slot.own_rows(self._run_bound(slot, shapes))
-        except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
+        except (DeviceError, EngineLost):  # which is no fault of the binding
+            raise
+        except Exception as error:
+            if self._settings.graphs:  # outputs of a free run are where graphs compute
+                return slot.own_rows(self._run_without_graph(slot, shapes, error))
             outputs = slot.own_rows(self._run_free(slot))  # raises too, unless it was the binding that failed
             log.warning("%s: its outputs are bound no longer: %s", self._path, reason(error))
             self._binds = False
@@ -102,19 +125,24 @@ class OnnxCudaEngine:
     def close(self) -> None:
         """Frees the session, all memory and the device."""
         self._session = None
-        if self._ring is not None:
-            self._ring.close()
-        self._device.close()
+        self._graphs.clear()
+        if self.ring is not None:
+            self.ring.close()
+        try:
+            self._device.close()
+        except DeviceError as error:  # of one that is lost
+            log.debug("%s: its device could not be let go: %s", self._path, error)
 
     def _open_ring(self) -> Ring:
-        if self._ring is None:
+        if self.ring is None:
             raise RuntimeError("the engine is closed")
-        return self._ring
+        return self.ring
 
     def _check_fits(self) -> None:
+        """Compares the weights with the memory that is free. What runs take is known only when they run."""
         with attached(self._device):
             free_bytes, total_bytes = self._device.memory_bytes()
-        model_bytes = self._path.stat().st_size
+        model_bytes = weights_bytes(self._path)
         if model_bytes > free_bytes:
             raise ConfigError(
                 f"{self._path} has {model_bytes} bytes, but of the {total_bytes} bytes of device "
@@ -133,18 +161,14 @@ class OnnxCudaEngine:
                 raise ConfigError(
                     "this ONNX Runtime has no CUDA; install it with 'forno[gpu]', without 'forno[server]' beside it"
                 )
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # no node runs on the CPU unseen
             given = self._provider_options(ring)
             ort.preload_dlls()
+            if not self._settings.allow_cpu:
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # no node runs there unseen
         try:
-            session = ort.InferenceSession(str(self._path), options, providers=[(provider, given)])
+            session = self._new_session(options, provider, given)
         except Exception as error:
             why = reason(error)
-            if "fallback to CPU EP has been explicitly disabled" in why:
-                why = (
-                    "a part of it has no CUDA kernel, or CUDA's or cuDNN's libraries are missing; set device: cpu, or "
-                )
-                why += "install them with 'forno[gpu]'"
             raise ConfigError(f"{self._path} cannot be opened on '{self._device.name}': {why}") from error
         if session.get_providers()[0] != provider:  # what the runtime does where CUDA's libraries are missing
             raise ConfigError(
@@ -153,15 +177,57 @@ class OnnxCudaEngine:
             )
         return session
 
+    def _new_session(self, options: Any, provider: str, given: dict[str, str]) -> Any:
+        """A session none of whose nodes runs elsewhere, but those of shapes."""
+        try:
+            return ort.InferenceSession(str(self._path), options, providers=[(provider, given)])
+        except Exception as error:
+            if _NO_FALLBACK not in str(error):
+                raise
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = ort.InferenceSession(str(self._path), options, providers=[(provider, given)])
+        if session.get_providers()[0] == provider:
+            refused = strangers(session, provider)
+            if refused:
+                raise ConfigError(
+                    f"its {', '.join(refused)} would run on the CPU, having no CUDA kernel; "
+                    "set cuda.allow_cpu: true to let them, or device: cpu"
+                )
+        return session
+
     def _provider_options(self, ring: Ring) -> dict[str, str]:
         options = {
             "device_id": str(self._device.ordinal),
             "user_compute_stream": str(ring.compute),
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": str(int(self._settings.tf32)),
+            "prefer_nhwc": str(int(self._settings.channels_last)),
+            "cudnn_conv_algo_search": self._settings.conv_search.upper(),
+            "enable_cuda_graph": str(int(self._settings.graphs)),
         }
         if self._settings.memory_limit_bytes:
             options["gpu_mem_limit"] = str(self._settings.memory_limit_bytes)
+        return options
+
+    def _check_graphs(self) -> None:
+        """Raises ConfigError where a run has no one shape for its count of rows."""
+        for spec in (*self.signature.inputs, *self.signature.outputs):
+            if any(size < 0 for size in spec.shape[1:]):
+                raise ConfigError(
+                    f"{self._path}: cuda.graphs needs fixed row shapes, but '{spec.name}' is {spec}; set it to false"
+                )
+        if self._kind == "cuda" and not self._device.has_graphs:
+            raise ConfigError(f"{self._path}: device '{self._device.name}' has no graphs; choose cuda")
+
+    def _new_run_options(self, graph_id: int) -> Any:
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._settings.graphs:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        if self._settings.shrink_memory:
+            place = f"{'gpu' if self._kind == 'cuda' else 'cpu'}:{self._device.ordinal}"
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", place)
         return options
 
     def _output_shapes(self, slot: CudaSlot, rows: int) -> list[tuple[int, ...]] | None:
@@ -190,6 +256,10 @@ class OnnxCudaEngine:
     def _run_bound(self, slot: CudaSlot, shapes: list[tuple[int, ...]], *, wipe: bool = False) -> Sequence[Array]:
         """A run whose outputs come to their places in the slot; with `wipe`, over bytes that no model makes."""
 
+        graph = self._graph_key(slot)
+        known = self._graphs.get(graph)
+        is_new = graph is not None and known is None and len(self._graphs) < _MOST_GRAPHS
+
         def enqueue() -> list[Array]:
             io = self._bind_inputs(slot)
             tensors = slot.place_outputs(shapes, [spec.dtype for spec in self.signature.outputs])
@@ -197,11 +267,31 @@ class OnnxCudaEngine:
                 if wipe and array.nbytes:
                     self._device.fill(address, _UNTOUCHED, array.nbytes, self._open_ring().compute)
                 io.bind_output(name, self._kind, self._device.ordinal, element_type(array), array.shape, address)
-            self._enqueue(io)
+            self._enqueue(io, options)
             slot.kept = io
             return [array for array, _ in tensors]
 
-        return self._open_ring().run(slot, enqueue)
+        options = known or (self._new_run_options(next(self._graph_ids)) if is_new else self._run_options)
+        outputs = self._open_ring().run(slot, enqueue, alone=is_new)
+        if is_new:
+            self._graphs[graph] = options
+        return outputs
+
+    def _run_without_graph(self, slot: CudaSlot, shapes: list[tuple[int, ...]], error: Exception) -> Sequence[Array]:
+        """Runs again what could not be captured; raises what went wrong if that was something else."""
+        graph = self._graph_key(slot)
+        if graph is None or graph in self._graphs:
+            raise error
+        self._graphs[graph] = self._run_options
+        log.warning("%s: runs of %d rows go without a graph: %s", self._path, slot.inputs[0].shape[0], reason(error))
+        return self._run_bound(slot, shapes)
+
+    def _graph_key(self, slot: CudaSlot) -> Any:
+        """What a graph is tied to; None where there is to be none."""
+        thread = threading.current_thread()
+        if not self._settings.graphs or not self._binds or thread is self._opener:
+            return None
+        return thread, slot.input_slab, slot.output_slab, tuple([array.shape for array in slot.inputs])
 
     def _run_free(self, slot: CudaSlot) -> Sequence[Array]:
         """A run whose outputs the runtime places; they are copied one by one."""
@@ -210,21 +300,19 @@ class OnnxCudaEngine:
             io = self._bind_inputs(slot)
             for name in self._output_names:
                 io.bind_output(name, self._kind, self._device.ordinal)
-            self._enqueue(io)
+            self._enqueue(io, self._run_options)
             values = io.get_outputs()
-            dtypes = [spec.dtype for spec in self.signature.outputs]
-            tensors = slot.place_outputs([tuple(value.shape()) for value in values], dtypes)
-            pairs = zip(tensors, values, strict=True)
-            slot.copies_out = [(array.ctypes.data, value.data_ptr(), array.nbytes) for (array, _), value in pairs]
             slot.kept = (io, values)
-            return [array for array, _ in tensors]
+            dtypes = [spec.dtype for spec in self.signature.outputs]
+            shapes = [tuple(value.shape()) for value in values]
+            return slot.bring_out(shapes, dtypes, [value.data_ptr() for value in values])
 
         return self._open_ring().run(slot, enqueue)
 
-    def _enqueue(self, io: Any) -> None:
+    def _enqueue(self, io: Any, options: Any) -> None:
         if self._kind == "cpu":  # whose runtime does not know our stream
             self._device.finish(self._open_ring().compute)
-        self._session.run_with_iobinding(io, self._run_options)
+        self._session.run_with_iobinding(io, options)
 
 
 def open_on_device(path: Path, settings: CudaSettings, device: str) -> OnnxCudaEngine:
@@ -238,6 +326,13 @@ def open_on_device(path: Path, settings: CudaSettings, device: str) -> OnnxCudaE
         return OnnxCudaEngine(path, settings, open_device(name, int(ordinal or 0)))
     except DeviceError as error:
         raise ConfigError(str(error)) from error
+
+
+def strangers(session: Any, provider: str) -> list[str]:
+    """Operators of nodes that another provider runs and that do more than compute shapes."""
+    found = {node.op_type for part in session.get_provider_graph_assignment_info() if part.ep_name != provider
+             for node in part.get_nodes()}  # fmt: skip
+    return sorted(found - _SHAPE_OPERATORS)
 
 
 def _equal(left: Array, right: Array) -> bool:

@@ -11,16 +11,19 @@ and computed. A batch is one copy each way, however many tensors it has: they li
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from forno.kernels.devices import attached
+from forno.kernels.devices import DeviceError, attached
+from forno.server.errors import EngineLost
 from forno.server.slots.host import HostSlot
 from forno.server.slots.slabs import ALIGNMENT_BYTES, SlabFull, SlabPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
     Tensor = tuple[Array, int]  # in pinned memory, and the address of its twin
+
+log = logging.getLogger("forno.device")
 
 
 class CudaSlot(HostSlot):
@@ -55,14 +60,17 @@ class CudaSlot(HostSlot):
         super().__init__(signature, max_rows)
 
     def __del__(self) -> None:
-        self.ring.take_back(self)
+        if hasattr(self, "events"):
+            self.ring.take_back(self)
 
     def new_places(self, signature: Signature, max_rows: int) -> list[Array | None]:
-        """No input has a fixed place; the slab is of the size that they need, as far as that is known."""
-        shapes = [(max_rows, *spec.shape[1:]) if signature.batched else spec.shape for spec in signature.inputs]
-        sizes = [math.prod(map(abs, shape)) * spec.dtype.itemsize + ALIGNMENT_BYTES
-                 for shape, spec in zip(shapes, signature.inputs, strict=True)]  # fmt: skip
-        self.input_slab = self.ring.take_slab(sum(sizes))
+        """No input has a fixed place; the slabs are of the size that a full batch needs, as far as that is known."""
+        for name, specs in (("input_slab", signature.inputs), ("output_slab", signature.outputs)):
+            shapes = [(max_rows, *spec.shape[1:]) if signature.batched else spec.shape for spec in specs]
+            sizes = [math.prod(map(abs, shape)) * spec.dtype.itemsize + ALIGNMENT_BYTES
+                     for shape, spec in zip(shapes, specs, strict=True)]  # fmt: skip
+            if specs:
+                self._slab(name, sum(sizes))
         return [None] * len(signature.inputs)
 
     def load(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
@@ -99,6 +107,22 @@ class CudaSlot(HostSlot):
         self.copies_out = [(slab.pinned, slab.device, slab.used_bytes)]
         return tensors
 
+    def bring_out(
+        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]], addresses: Sequence[int]
+    ) -> list[Array]:
+        """As `place_outputs`, for outputs that lie elsewhere on the device: each is copied from there."""
+        arrays = [array for array, _ in self.place_outputs(shapes, dtypes)]
+        pairs = zip(arrays, addresses, strict=True)
+        self.copies_out = [(array.ctypes.data, address, array.nbytes) for array, address in pairs]
+        return arrays
+
+    def begin(self) -> None:
+        """Enqueues what is to be done to the inputs before the model runs: nothing. Called by `Ring.run`."""
+
+    def end(self, outputs: Sequence[Array]) -> Sequence[Array]:
+        """Enqueues what is to be done to the outputs, and returns those that come of it. Called by `Ring.run`."""
+        return outputs
+
     def release(self) -> None:
         """Lets go of everything that belongs to the requests."""
         super().release()
@@ -122,6 +146,10 @@ class Ring:
     Several threads may call `run`, each with a slot of its own. They take turns to enqueue, so that batches come out in
     the order in which they went in, and wait side by side.
 
+    What goes wrong on a device shows in whichever call comes next, so a failure is every batch's that is under way.
+    After one, the streams are finished before anybody's memory is used again. Where even that fails, the device is lost
+    to this process (an address that is not there, a bus error: the driver then refuses every call), and so is the ring.
+
     Args:
         device: Where it runs; attached to no thread when a method is called.
         limit_bytes: Most memory of the slots, on each side; 0 = as much as there is.
@@ -131,13 +159,21 @@ class Ring:
     def __init__(self, device: Device, limit_bytes: int = 0, *, busy_wait: bool = False) -> None:
         self.device = device
         self.pool = SlabPool(device, limit_bytes)
+        self.lost = ""  # why nothing runs any more; empty while it does
         self._busy_wait = busy_wait
         self._turn = threading.Lock()
-        self._events: list[tuple[int, int, int]] = []
+        self._events: list[int] = []
         self._idle_events: list[tuple[int, int, int]] = []  # appended to by any thread, without a lock
-        with attached(device):
-            self.come_in, self.compute, self.go_out = [device.new_stream() for _ in range(3)]
+        self._streams: list[int] = []
         self._closed = False
+        try:
+            with attached(device):
+                for _ in range(3):
+                    self._streams.append(device.new_stream())
+        except BaseException:
+            self.close()
+            raise
+        self.come_in, self.compute, self.go_out = self._streams
 
     def new_slot(self, signature: Signature, max_rows: int) -> CudaSlot:
         """Buffers for one batch of up to `max_rows` rows.
@@ -148,16 +184,28 @@ class Ring:
         with attached(self.device):
             return CudaSlot(signature, max_rows, self)
 
-    def run(self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]]) -> Sequence[Array]:
+    def run(
+        self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]], *, alone: bool = False
+    ) -> Sequence[Array]:
         """Copies in, has the model enqueue its work to the stream `compute`, copies out, and waits for that.
 
         Args:
             slot: What runs; loaded.
             enqueue: Is to place the slot's outputs and return them; they are filled when this returns.
+            alone: Whether no other ring of this process may be at work meanwhile; see `Gate`.
+
+        Raises:
+            EngineLost: The device can run nothing any more.
         """
+        with _gate.alone() if alone else _gate.together():
+            return self._run(slot, enqueue)
+
+    def _run(self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]]) -> Sequence[Array]:
         device = self.device
         inputs_there, outputs_made, outputs_here = slot.events
         slab = slot.input_slab
+        if self.lost:
+            raise EngineLost(self.lost)
         with attached(device):
             try:
                 with self._turn:
@@ -165,7 +213,8 @@ class Ring:
                         device.copy_in(slab.device, slab.pinned, slab.used_bytes, self.come_in)
                     device.record(inputs_there, self.come_in)
                     device.wait(self.compute, inputs_there)
-                    outputs = enqueue()
+                    slot.begin()
+                    outputs = slot.end(enqueue())
                     device.record(outputs_made, self.compute)
                     device.wait(self.go_out, outputs_made)
                     for to, source, size_bytes in slot.copies_out:
@@ -173,8 +222,8 @@ class Ring:
                             device.copy_out(to, source, size_bytes, self.go_out)
                     device.record(outputs_here, self.go_out)
                 device.synchronize(outputs_here)
-            except BaseException:
-                self._finish()  # before anybody uses the slot's memory again
+            except BaseException as error:
+                self._recover(error)
                 raise
         return outputs
 
@@ -191,10 +240,9 @@ class Ring:
         """Events for a new slot. The thread is attached."""
         if self._idle_events:
             return self._idle_events.pop()
-        new = self.device.new_event
-        events = (new(), new(), new(busy_wait=self._busy_wait))
-        self._events.append(events)
-        return events
+        for busy_wait in (False, False, self._busy_wait):
+            self._events.append(self.device.new_event(busy_wait=busy_wait))
+        return self._events[-3], self._events[-2], self._events[-1]
 
     def take_back(self, slot: CudaSlot) -> None:
         """Keeps what a slot that ends had for the next one. On any thread, at any time, without calling the device."""
@@ -204,19 +252,84 @@ class Ring:
         self._idle_events.append(slot.events)
 
     def close(self) -> None:
-        """Gives streams, events and all memory back. Idempotent."""
+        """Gives streams, events and all memory back, as far as the device still takes them. Idempotent."""
         if self._closed:
             return
         self._closed = True
         with attached(self.device):
-            self._finish()
-            for stream in (self.come_in, self.compute, self.go_out):
-                self.device.close_stream(stream)
-            for events in self._events:
-                for event in events:
+            for stream in self._streams:
+                with _taken_as_it_comes("a stream"):
+                    self.device.finish(stream)
+            for stream in self._streams:
+                with _taken_as_it_comes("a stream"):
+                    self.device.close_stream(stream)
+            for event in self._events:
+                with _taken_as_it_comes("an event"):
                     self.device.close_event(event)
-            self.pool.close()
+            with _taken_as_it_comes("memory"):
+                self.pool.close()
 
-    def _finish(self) -> None:
-        for stream in (self.come_in, self.compute, self.go_out):
-            self.device.finish(stream)
+    def _recover(self, error: BaseException) -> None:
+        """Waits for what is under way, before anybody uses the memory again.
+
+        Raises:
+            EngineLost: That is impossible.
+        """
+        try:
+            for stream in self._streams:
+                self.device.finish(stream)
+        except DeviceError as last:
+            self.lost = f"device '{self.device.name}:{self.device.ordinal}' is lost to this process: {last}"
+            raise EngineLost(self.lost) from error
+
+
+class Gate:
+    """Lets any number of threads in together, or one alone. Any thread.
+
+    A runtime that captures a graph in the driver's global mode, as ONNX Runtime does, has to be alone with the driver:
+    some calls of other threads would fail meanwhile, and the capture with them. That is once for each graph.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._closed = False  # for somebody who is, or wants to be, alone
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Waits while somebody is alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until all others have left; nobody enters meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._closed = True
+            self._changed.wait_for(lambda: not self._inside)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+
+
+_gate = Gate()  # of this process: graphs are captured against the whole of it
+
+
+@contextmanager
+def _taken_as_it_comes(what: str) -> Iterator[None]:
+    """What ends goes on ending: a device that is lost takes nothing back, and has nothing left to give."""
+    try:
+        yield
+    except DeviceError as error:
+        log.debug("%s could not be given back: %s", what, error)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forno.kernels.devices import OutOfDeviceMemory
+from forno.kernels.devices import DeviceError, OutOfDeviceMemory
 
 if TYPE_CHECKING:
     from forno.kernels.devices import Device
@@ -118,8 +118,14 @@ class SlabPool:
             self._release(list(self._all))
 
     def _release(self, slabs: list[Slab]) -> None:
+        failures: list[DeviceError] = []
         for slab in slabs:
             self._all.remove(slab)
-            self._device.free(slab.device)
-            self._device.free_pinned(slab.pinned)
+            for free, pointer in ((self._device.free, slab.device), (self._device.free_pinned, slab.pinned)):
+                try:
+                    free(pointer)
+                except DeviceError as error:  # the others may still go
+                    failures.append(error)
         self._idle = [slab for slab in self._idle if slab in self._all]
+        if failures:
+            raise failures[0]
