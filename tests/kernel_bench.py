@@ -66,7 +66,8 @@ class KernelBench:
         windows = windows or [(height, width, 0, 0)] * len(images)
         pairs = zip(images, windows, strict=True)
         ways = np.array([(*image.shape[:2], *window) for image, window in pairs], np.int32)
-        out = np.empty((len(images), *((height, width, channels) if channels_last else (channels, height, width))), dtype)
+        shape = (height, width, channels) if channels_last else (channels, height, width)
+        out = np.empty((len(images), *shape), dtype)
         with self.on_device(arena, offsets, ways, out) as (arena_at, offsets_at, ways_at, out_at):
             self.kernels.image_to_tensor(
                 arena_at, offsets_at, ways_at, out_at,

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from forno.server.config import CacheSettings, ModelSettings
     from forno.server.engines import Engine
     from forno.server.metrics import ModelMetrics
+    from forno.server.slots import Slot
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -85,8 +86,8 @@ class CachedModel(Model):
         finally:
             self.cache.clear()
 
-    def _open(self) -> tuple[Engine[Any], WarmUp]:
-        engine, warm = super()._open()
+    def _open(self) -> tuple[Engine[Any], WarmUp, list[Slot]]:
+        engine, warm, slots = super()._open()
         try:
             difference = unrepeatable(engine)
             if difference:
@@ -97,7 +98,7 @@ class CachedModel(Model):
         except BaseException:
             engine.close()
             raise
-        return engine, warm
+        return engine, warm, slots
 
 
 @dataclass(slots=True)

@@ -189,7 +189,7 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _graphs_of_known_rows(self) -> ModelSettings:
         if self.cuda.graphs and not self.padding.allowed_rows:
-            raise ValueError("`cuda.graphs` needs `padding.allowed_rows`, such as [1, 2, 4, 8, 16, 32]: one graph for each")
+            raise ValueError("`cuda.graphs` needs `padding.allowed_rows`, such as [1, 2, 4, 8, 16]: one graph for each")
         return self
 
     @model_validator(mode="after")

@@ -42,10 +42,13 @@ _UNTOUCHED = 0xA5
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 _SHAPE_OPERATORS = frozenset(
-    "Add And Cast CastLike Ceil Clip Compress Concat Constant ConstantOfShape Cumsum Div Equal Expand Flatten Floor "
-    "Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg NonZero Not Or "
-    "Pad Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterElements ScatterND Shape Sign Size Slice Split "
-    "Squeeze Sub Tile TopK Transpose Unsqueeze Where".split()
+    (
+        *("Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Div", "Equal"),
+        *("Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Greater", "GreaterOrEqual"),
+        *("Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Range", "ReduceMax"),
+        *("ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "ScatterElements", "ScatterND", "Shape", "Sign", "Size"),
+        *("Slice", "Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"),
+    )
 )
 """What the runtime, by choice, computes of shapes on the CPU, although CUDA could: a few numbers each."""
 _NO_GRAPH = -1
@@ -110,7 +113,7 @@ class OnnxCudaEngine:
             return slot.own_rows(self._run_bound(slot, shapes))
         except (DeviceError, EngineLost):  # which is no fault of the binding
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
             if self._settings.graphs:  # outputs of a free run are where graphs compute
                 return slot.own_rows(self._run_without_graph(slot, shapes, error))
             outputs = slot.own_rows(self._run_free(slot))  # raises too, unless it was the binding that failed
@@ -255,7 +258,6 @@ class OnnxCudaEngine:
 
     def _run_bound(self, slot: CudaSlot, shapes: list[tuple[int, ...]], *, wipe: bool = False) -> Sequence[Array]:
         """A run whose outputs come to their places in the slot; with `wipe`, over bytes that no model makes."""
-
         graph = self._graph_key(slot)
         known = self._graphs.get(graph)
         is_new = graph is not None and known is None and len(self._graphs) < _MOST_GRAPHS

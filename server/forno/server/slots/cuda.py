@@ -184,9 +184,7 @@ class Ring:
         with attached(self.device):
             return CudaSlot(signature, max_rows, self)
 
-    def run(
-        self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]], *, alone: bool = False
-    ) -> Sequence[Array]:
+    def run(self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]], *, alone: bool = False) -> Sequence[Array]:
         """Copies in, has the model enqueue its work to the stream `compute`, copies out, and waits for that.
 
         Args:
