@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import resource
 import shlex
@@ -138,23 +139,24 @@ async def _write_slowly(writers: list[asyncio.StreamWriter]) -> None:
 
 def cost(folder: Path, seconds: float) -> report.Record:
     """The same server alone and behind an edge, in turn; then three replicas behind one."""
-    subject = Subject("forno", "tiny", "envoy")
+    subjects = {"gRPC": Subject("forno", "tiny", "envoy"), "REST": Subject("forno-rest", "tiny", "envoy", rest=True)}
     rows: list[report.Record] = []
     with contextlib.ExitStack() as stack:
         kinds = {"alone": (), "edge": ("--replicas", "1")}
-        servers = {name: _start(stack, subject, folder / name, words) for name, words in kinds.items()}
-        for in_flight in (1, 64):
-            calls = h2load.calls_for(servers["alone"][1], in_flight, seconds)
+        servers = {name: _start(stack, [*subjects.values()], folder / name, words) for name, words in kinds.items()}
+        for protocol, in_flight in itertools.product(subjects, (1, 64)):
+            targets = {name: subjects[protocol].target(port, folder / name) for name, (_, port) in servers.items()}
+            calls = h2load.calls_for(targets["alone"], in_flight, seconds)
             pairs = []
             for number in range(ROUNDS):
                 loads = {}
                 for name in ("alone", "edge") if number % 2 else ("edge", "alone"):
-                    server, target = servers[name]
+                    server, _ = servers[name]
                     cpu_s = server.cpu_s()
-                    load = h2load.run(target, in_flight, calls)
+                    load = h2load.run(targets[name], in_flight, calls)
                     loads[name] = load, (server.cpu_s() - cpu_s) / load.calls * 1e6
                 pairs.append(loads)
-            row: report.Record = {"in_flight": in_flight, "rounds": ROUNDS}
+            row: report.Record = {"calls": protocol, "in_flight": in_flight, "rounds": ROUNDS}
             for name in kinds:
                 row[f"{name}_p50_us"] = round(statistics.median(pair[name][0].p50_us for pair in pairs), 1)
                 row[f"{name}_p99_us"] = round(statistics.median(pair[name][0].p99_us for pair in pairs), 1)
@@ -166,8 +168,8 @@ def cost(folder: Path, seconds: float) -> report.Record:
 
 
 def _start(
-    stack: contextlib.ExitStack, subject: Subject, folder: Path, words: tuple[str, ...]
-) -> tuple[ServerProcess, h2load.Target]:
+    stack: contextlib.ExitStack, subjects: list[Subject], folder: Path, words: tuple[str, ...]
+) -> tuple[ServerProcess, int]:
     from bench import models  # noqa: PLC0415  (NumPy and ONNX)
 
     folder.mkdir()
@@ -175,9 +177,10 @@ def _start(
     argv = [*(sys.executable, "-m", "forno.server", "serve", str(models.path_of("tiny"))), *words]
     argv += ["--address", f"127.0.0.1:{port}"]
     server = stack.enter_context(ServerProcess(argv, environment(), folder / "server.log"))
-    subject.first_answer_s(port, server)
-    subject.check_answers(port)
-    return server, subject.target(port, folder)
+    for subject in subjects:
+        subject.first_answer_s(port, server)
+        subject.check_answers(port)
+    return server, port
 
 
 async def spread(folder: Path, seconds: float) -> report.Record:
@@ -242,14 +245,15 @@ def table(found: dict[str, Any]) -> str:
     if one := found.get("cost"):
         lines += [
             (
-                "| in flight | p50 us, alone | behind the edge | CPU us a call, alone | behind the edge "
+                "| calls | in flight | p50 us, alone | behind the edge | CPU us a call, alone | behind the edge "
                 "| calls/s, alone | behind the edge |"
             ),
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {row['in_flight']} | {row['alone_p50_us']} | {row['edge_p50_us']} | {row['alone_cpu_us']} "
-            f"| {row['edge_cpu_us']} | {row['alone_calls_per_s']:,} | {row['edge_calls_per_s']:,} |"
+            f"| {row['calls']} | {row['in_flight']} | {row['alone_p50_us']} | {row['edge_p50_us']} "
+            f"| {row['alone_cpu_us']} | {row['edge_cpu_us']} "
+            f"| {row['alone_calls_per_s']:,} | {row['edge_calls_per_s']:,} |"
             for row in one["rows"]
         ]
     return "\n".join(lines)

@@ -99,7 +99,7 @@ def _behind_edge(max_message_bytes: int) -> Iterator[Host]:
         (folder / edges.XDS_FOLDER).mkdir()
         edges.publish(folder, 1, [(replica, True)])
         with _inside_envoy(max_message_bytes, Address(path=str(replica.socket))) as host:
-            end = edges.EdgeEnd(folder, "")
+            end = edges.EdgeEnd(folder, "", rest=True)
             edge = supervisor.Envoy(config, Address("127.0.0.1", port), lambda _: end, host.log.append)
             try:
                 edge.start({})

@@ -22,7 +22,7 @@ from forno.server.fleet import edge as edges
 from forno.server.fleet.place import Backoff
 from forno.server.fleet.placement import Placement, place
 from forno.server.metrics import Metrics
-from forno.server.transport.envoy import bootstrap
+from forno.server.transport.envoy import bootstrap, ends
 
 AUTO = FleetSettings(replicas=3)
 
@@ -89,12 +89,15 @@ def test_calls_that_may_be_made_again_exist():
 
 
 def test_only_what_changes_nothing_is_made_again_after_it_may_have_begun():
-    routes = edges.EdgeEnd(Path("/x"), "").routes()
+    routes = edges.EdgeEnd(Path("/x"), "", rest=True).routes()
     retried = {
         route["match"].get("path") or route["match"]["prefix"]: route["route"]["retry_policy"]["retry_on"]
         for route in routes
         if "retry_policy" in route.get("route", {})
     }
+    past = retried.pop("/v1/")  # REST calls that need no transcoder, of methods that change nothing
+    assert past == "connect-failure,refused-stream,retriable-status-codes,reset"
+    assert set(ends.HTTP_ROUTES) <= set(edges.IDEMPOTENT)
     assert {path for path, on in retried.items() if "reset" in on or "unavailable" in on} == set(edges.IDEMPOTENT)
     assert retried["/"] == "connect-failure,refused-stream"
 

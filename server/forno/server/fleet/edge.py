@@ -43,6 +43,8 @@ OWN = (
 
 _NEVER_BEGUN = "connect-failure,refused-stream"  # safe for any call: no replica has seen it
 _PERHAPS_BEGUN = f"{_NEVER_BEGUN},unavailable,reset"
+_PERHAPS_BEGUN_HTTP = f"{_NEVER_BEGUN},retriable-status-codes,reset"
+_UNAVAILABLE_HTTP = 503  # what UNAVAILABLE becomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class EdgeEnd:
 
     folder: Path
     affinity_header: str
+    rest: bool
+    """Whether replicas take REST calls as they come, where they need no transcoder: those inside Envoy do."""
 
     def filter(self) -> dict[str, Any]:
         """A router."""
@@ -58,8 +62,10 @@ class EdgeEnd:
 
     def routes(self) -> list[dict[str, Any]]:
         """Calls about the whole, calls that may be repeated, all others."""
+        past = ends.HTTP_ROUTES.items() if self.rest else ()
         return [
             *({"match": _match(path), "route": ends.route(PAGES)} for path in OWN),
+            *(ends.http_route(path, self._route(_PERHAPS_BEGUN_HTTP)) for method, path in past),
             *({"match": _match(path), "route": self._route(_PERHAPS_BEGUN)} for path in IDEMPOTENT),
             {"match": _match("/"), "route": self._route(_NEVER_BEGUN)},
             ends.unknown_path(),
@@ -70,6 +76,7 @@ class EdgeEnd:
             **ends.route(CLUSTER),
             "retry_policy": {
                 "retry_on": retry_on,
+                "retriable_status_codes": [_UNAVAILABLE_HTTP],
                 "num_retries": 4,
                 "retry_host_predicate": [
                     {

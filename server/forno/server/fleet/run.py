@@ -72,7 +72,7 @@ def _run(
 ) -> int:
     (folder / edges.XDS_FOLDER).mkdir()
     edges.publish(folder, 0, ())
-    end = edges.EdgeEnd(folder, config.fleet.affinity_header)
+    end = edges.EdgeEnd(folder, config.fleet.affinity_header, config.server.transport == "envoy")
     edge = supervisor.Envoy(
         config, address, lambda _folder: end, logs.EnvoyLog().line, title="forno: edge", folder=folder / "edge"
     )

@@ -64,7 +64,9 @@ class ModuleEnd:
 
     def routes(self) -> list[dict[str, Any]]:
         """Those past the transcoder, and one for all else: the module itself refuses what it does not know."""
-        past = [_http_route(method, path) for method, path in HTTP_ROUTES.items()]
+        past = [
+            http_route(path, route("servicers"), {"forno": _taking(method)}) for method, path in HTTP_ROUTES.items()
+        ]
         return [*past, {"match": {"prefix": "/"}, "route": route("servicers")}]
 
     def clusters(self) -> list[dict[str, Any]]:
@@ -128,24 +130,34 @@ def _module() -> dict[str, Any]:
     return {"module": {"local": {"filename": str(MODULE)}}, "do_not_close": True}
 
 
-def _http_route(method: str, path: str) -> dict[str, Any]:
-    """Past the transcoder, to a method of the module's that takes the call as it is."""
+def http_route(path: str, way: dict[str, Any], filters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A route of REST calls past the transcoder.
+
+    Args:
+        path: A regular expression for all of the path, the query with it.
+        way: Where they go.
+        filters: What they have of their own, by filter.
+    """
     headers = [
         {"name": ":method", "string_match": {"exact": "POST"}},
         {"name": ":path", "string_match": {"safe_regex": {"regex": path}}},
         {**is_grpc(), "invert_match": True},
     ]
-    module = {
+    without = {"@type": f"{TYPES}.config.route.v3.FilterConfig", "disabled": True}
+    return {
+        "match": {"prefix": "/v1/", "headers": headers},
+        "route": way,
+        "typed_per_filter_config": {"rest": without, **(filters or {})},
+    }
+
+
+def _taking(method: str) -> dict[str, Any]:
+    """What tells the module that a method takes the calls of a route as they are."""
+    return {
         "@type": f"{TYPES}.extensions.filters.http.dynamic_modules.v3.DynamicModuleFilterPerRoute",
         "dynamic_module_config": _module(),
         "filter_name": "forno",
         "filter_config": {"@type": STRING, "value": HTTP_PREFIX + method},
-    }
-    without = {"@type": f"{TYPES}.config.route.v3.FilterConfig", "disabled": True}
-    return {
-        "match": {"prefix": "/v1/", "headers": headers},
-        "route": route("servicers"),
-        "typed_per_filter_config": {"rest": without, "forno": module},
     }
 
 
