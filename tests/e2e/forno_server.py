@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 ROOTS = [str(ROOT / name) for name in ("proto", "server", "kernels", "clients/python")]
 TRANSPORTS = ("envoy", "proxy", "grpc")
+FORNO = (sys.executable, "-m", "forno.server")
 FLEET = "fleet"
 """One replica inside Envoy behind an edge, as if that were a transport of its own."""
 
@@ -36,10 +39,28 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, nor is given to a connection until the server listens on it.
+
+    Systems take ports of outgoing connections, and those for `bind` to port 0, from 32768 up.
+    """
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def forno(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`forno WORDS`, a command that ends by itself, with more variables in its environment."""
+    return subprocess.run(
+        [*FORNO, *map(str, words)],
+        env={**environment(), **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @dataclass
@@ -68,7 +89,7 @@ class FornoServer:
         self._ready = ready
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self._command = [
-            *(sys.executable, "-m", "forno.server", "serve", *map(str, args)),
+            *(*FORNO, "serve", *map(str, args)),
             *("--address", self.target),
             *(("--replicas", "1") if transport == FLEET else ("--transport", transport)),
         ]

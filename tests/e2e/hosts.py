@@ -105,7 +105,7 @@ def _behind_edge(max_message_bytes: int) -> Iterator[Host]:
                 edge.start({})
                 eventually(lambda: any(v.takes_calls for v in edges.views(_hosts(edge)).values()), 20)
                 yield replace(host, transport="edge", port=port)
-                assert edge.returncode() is None, f"the edge has ended with status {edge.returncode()}: {host.log}"
+                assert edge.returncode() is None, f"the edge has ended: {_last_words(edge, host.log)}"
             finally:
                 edge.close()
 
@@ -136,10 +136,10 @@ def _inside_envoy(max_message_bytes: int, inner: Address | None = None) -> Itera
             keep=[theirs.fileno()],
         )
         theirs.close()
-        _expect_ready(ours.recv(100).decode(), log)
+        assert ours.recv(100).startswith(b"ready"), f"the service did not start: {_last_words(envoy, log)}"
         eventually(lambda: inner or _answers(port), 20)
         yield Host("envoy", port, envoy.pid, log)
-        assert envoy.returncode() is None, f"Envoy has ended with status {envoy.returncode()}: {log}"
+        assert envoy.returncode() is None, f"Envoy has ended: {_last_words(envoy, log)}"
     finally:
         ours.close()
         envoy.close()
@@ -160,7 +160,7 @@ def _on_grpc(max_message_bytes: int) -> Iterator[Host]:
         assert process.stdin is not None
         try:
             line = process.stdout.readline()
-            _expect_ready(line, [])
+            assert line.startswith("ready"), f"the service did not start: {line!r}"
             yield Host("grpc", int(line.split()[1]), process.pid)
         finally:
             process.stdin.close()
@@ -170,8 +170,11 @@ def _on_grpc(max_message_bytes: int) -> Iterator[Host]:
                 process.kill()
 
 
-def _expect_ready(line: str, log: list[str]) -> None:
-    assert line.startswith("ready"), f"the service did not start: {line!r} {log}"
+def _last_words(envoy: supervisor.Envoy, log: list[str]) -> str:
+    """Its status and all that it has logged, which is complete once it is closed."""
+    status = envoy.returncode()
+    envoy.close()
+    return f"status {status}: {log}"
 
 
 def _answers(port: int) -> bool:

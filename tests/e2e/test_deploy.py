@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.forno_server import ROOT, FornoServer, environment, free_port
+from tests.e2e.forno_server import FORNO, ROOT, FornoServer, environment, forno, free_port
 from tests.e2e.secured import Authority
 
 from forno.client import Client
@@ -24,7 +23,6 @@ from forno.client import Client
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORNO = [sys.executable, "-m", "forno.server"]
 TARGET_LABELS = {"job", "instance", "le"}  # Prometheus' own, and a histogram's
 
 
@@ -73,8 +71,8 @@ def fill(folder: Path) -> None:
     files = {"tls.crt": certificate, "tls.key": key, "ca.crt": authority.certificate}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    command = [*FORNO, "keys", "add", "--file", str(folder / "keys.yaml"), "--name", "a", "--scope", "predict"]
-    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    done = forno("keys", "add", "--file", folder / "keys.yaml", "--name", "a", "--scope", "predict")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("place", COMMANDS)
@@ -91,7 +89,7 @@ def test_a_container_serves_and_ends_as_its_probes_and_its_grace_expect(place, t
     ) as server:
         try:
             end = time.monotonic() + 30
-            while (done := health("--address", probed)).returncode:
+            while (done := forno("health", "--address", probed)).returncode:
                 assert server.poll() is None, server.communicate()[0]
                 assert time.monotonic() < end, done.stderr
             assert done.stdout == "SERVING\n"
@@ -108,20 +106,16 @@ def test_a_container_serves_and_ends_as_its_probes_and_its_grace_expect(place, t
                 server.kill()
 
 
-def health(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*FORNO, "health", *words], env=environment(), capture_output=True, text=True, check=False)
-
-
 def test_health_says_why_not():
-    done = health("--address", f"127.0.0.1:{free_port()}")
+    done = forno("health", "--address", f"127.0.0.1:{free_port()}")
     assert done.returncode == 1
     assert "no server answers at 127.0.0.1" in done.stderr
 
 
 def test_health_of_one_model(server):
-    known = health("spam", "--address", server.target)
+    known = forno("health", "spam", "--address", server.target)
     assert (known.returncode, known.stdout) == (0, "SERVING\n")
-    unknown = health("nobody", "--address", server.target)
+    unknown = forno("health", "nobody", "--address", server.target)
     assert (unknown.returncode, unknown.stdout) == (1, "")
     assert f"{server.target} has no model 'nobody'" in unknown.stderr
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.forno_server import ROOT, FornoServer, environment
+from tests.e2e.forno_server import FornoServer, forno
 from tests.e2e.hosts import eventually
 
 from forno.client import Client, RequestError
@@ -53,19 +51,6 @@ def fleet(
         if ready:
             eventually(lambda: "forno fleet status" in server.output(), 30)
         yield server
-
-
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    """`forno fleet ...`."""
-    return subprocess.run(
-        [sys.executable, "-m", "forno.server", "fleet", *words],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def family(pid: int) -> dict[int, str]:
@@ -107,17 +92,17 @@ def test_a_fleet_serves_grpc_and_rest_and_its_owner_controls_it(folder, transpor
         assert "forno: janitor" in titles
         assert any(title.startswith("forno: replica 1") for title in titles)
 
-        done = command("scale", "3")
+        done = forno("fleet", "scale", "3")
         assert done.returncode == 0, done.stderr
         assert f"{server.target}: 3 of 3 replicas ready" in done.stdout
-        assert command("scale", "1").stdout.count(" ready ") == 1
+        assert forno("fleet", "scale", "1").stdout.count(" ready ") == 1
         before = family(server.process.pid)
-        assert command("restart", "--address", server.target).returncode == 0
+        assert forno("fleet", "restart", "--address", server.target).returncode == 0
         after = family(server.process.pid)
         assert len(after) == len(before)
         assert len(after.keys() & before.keys()) == 2  # edge and janitor
-        assert "replicas is 0, expected a whole number from 1 to 256" in command("scale", "0").stderr
-        assert command("status", "--address", "h:1").returncode == 2
+        assert "replicas is 0, expected a whole number from 1 to 256" in forno("fleet", "scale", "0").stderr
+        assert forno("fleet", "status", "--address", "h:1").returncode == 2
 
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0, server.output()
@@ -144,7 +129,7 @@ def test_metrics_have_every_replica_and_sums_that_survive_it(folder):
         assert sum(counts) == seen["forno_fleet_requests_total", ""] >= 20
         assert min(counts) > 0
         assert seen["forno_replicas", ""] == 4.0  # two wanted, two serving
-        assert command("restart").returncode == 0
+        assert forno("fleet", "restart").returncode == 0
         again = samples()
         assert again["forno_fleet_requests_total", ""] >= seen["forno_fleet_requests_total", ""]
 
@@ -152,7 +137,7 @@ def test_metrics_have_every_replica_and_sums_that_survive_it(folder):
 def test_a_session_stays_on_one_replica_and_outlives_its_restart(folder):
     def calls() -> list[int]:
         """Of each replica, so far."""
-        return [int(line.split()[7]) for line in command("status").stdout.splitlines()[2:]]
+        return [int(line.split()[7]) for line in forno("fleet", "status").stdout.splitlines()[2:]]
 
     def place_of(session: str) -> int:
         before = calls()
@@ -165,7 +150,7 @@ def test_a_session_stays_on_one_replica_and_outlives_its_restart(folder):
 
     with fleet(folder, 2, "--set", "fleet.affinity_header=x-session") as server:
         places = {session: place_of(session) for session in ("a", "b")}
-        assert command("restart").returncode == 0
+        assert forno("fleet", "restart").returncode == 0
         assert {session: place_of(session) for session in ("a", "b")} == places
 
 
@@ -184,16 +169,16 @@ def test_settings_are_read_again_and_wrong_ones_change_nothing(folder):
         eventually(lambda: took_s() >= 0.4, 20)
         eventually(lambda: '"reloaded"' in server.output(), 20)
         settings.write_text("models: {echo: {engin: 'null'}}")
-        done = command("reload")
+        done = forno("fleet", "reload")
         assert done.returncode == 1
         assert "models.echo.engin is not a setting; did you mean `engine`?" in done.stderr
         settings.write_text(SETTINGS.format(delay_us=0) + "server: {max_message_bytes: 2048}\n")
-        assert "server.max_message_bytes cannot change while the server runs" in command("reload").stderr
+        assert "server.max_message_bytes cannot change while the server runs" in forno("fleet", "reload").stderr
         (folder / "broken.onnx").write_bytes(b"no model")
         settings.write_text("models: {echo: {path: broken.onnx}}")
-        assert command("reload").returncode == 1
+        assert forno("fleet", "reload").returncode == 1
         assert took_s() >= 0.4
-        assert "2 of 2 replicas ready" in command("status").stdout
+        assert "2 of 2 replicas ready" in forno("fleet", "status").stdout
 
 
 def test_a_fleet_that_cannot_serve_says_why_and_leaves_nothing(folder):
@@ -208,19 +193,10 @@ def test_a_fleet_that_cannot_serve_says_why_and_leaves_nothing(folder):
 
 def test_a_second_fleet_on_the_same_port_says_so(folder):
     with fleet(folder, 1) as server:
-        words = (str(folder / "forno.yaml"), "--replicas", "2", "--address", server.target)
-        done = subprocess.run(
-            [sys.executable, "-m", "forno.server", "serve", *words],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = forno("serve", folder / "forno.yaml", "--replicas", "2", "--address", server.target)
         assert done.returncode == 2
         assert f"cannot listen on {server.target}: address already in use" in done.stderr
-        assert "1 of 1 replicas ready" in command("status").stdout
+        assert "1 of 1 replicas ready" in forno("fleet", "status").stdout
 
 
 @pytest.mark.parametrize("stopped", [False, True])

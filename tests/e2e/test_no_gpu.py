@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.e2e.forno_server import ROOT, environment
+from tests.e2e.forno_server import forno
 from tests.unit import onnx_models
 
 if TYPE_CHECKING:
@@ -19,16 +17,7 @@ def test_a_device_that_is_not_there_ends_the_start(tmp_path: Path, device: str) 
     onnx_models.mlp(tmp_path / "m.onnx")
     settings = tmp_path / "forno.yaml"
     settings.write_text(f"models: {{m: {{path: m.onnx, device: '{device}'}}}}\n")
-    command = [sys.executable, "-m", "forno.server", "serve", str(settings), "--transport", "grpc"]
-    done = subprocess.run(
-        [*command, "--address", "127.0.0.1:0"],
-        env={**environment(), "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = forno("serve", settings, "--transport", "grpc", "--address", "127.0.0.1:0", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("forno: ")

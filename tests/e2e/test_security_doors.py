@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
-import sys
 
 import grpc
 import pytest
 from google.protobuf import empty_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from tests.e2e.forno_server import ROOT, environment, free_port
+from tests.e2e.forno_server import forno, free_port
 from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, predict
 
 PREDICT, METRICS = "/forno.v1.Predictor/Predict", "/forno.v1.Rest/Metrics"
@@ -86,17 +84,7 @@ def test_only_pages_of_named_origins_may_call(tmp_path, transport):
 
 def start(settings, *more: str) -> tuple[int, str]:
     """Exit status and output of a start that should fail."""
-    command = [
-        sys.executable,
-        "-m",
-        "forno.server",
-        "serve",
-        str(settings),
-        "--address",
-        f"127.0.0.1:{free_port()}",
-        *more,
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=30, check=False)
+    done = forno("serve", settings, "--address", f"127.0.0.1:{free_port()}", *more)
     return done.returncode, done.stdout + done.stderr
 
 

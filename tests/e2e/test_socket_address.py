@@ -6,13 +6,11 @@ import contextlib
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.e2e.forno_server import ROOT, TRANSPORTS, FornoServer, environment
+from tests.e2e.forno_server import TRANSPORTS, FornoServer, forno
 from tests.e2e.hosts import eventually
 
 from forno.client import Client
@@ -34,16 +32,7 @@ def settings(tmp_path: Path) -> Path:
 
 def refused(settings: Path, transport: str, target: str) -> str:
     """What `serve` says where it does not start."""
-    command = [sys.executable, "-m", "forno.server", "serve", str(settings), "--transport", transport]
-    done = subprocess.run(
-        [*command, "--address", target],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = forno("serve", settings, "--transport", transport, "--address", target)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr

@@ -16,9 +16,10 @@ import grpc
 import numpy as np
 import pytest
 from tests.e2e import hosts
-from tests.e2e.forno_server import ROOT, TRANSPORTS, FornoServer, environment
+from tests.e2e.forno_server import TRANSPORTS, FornoServer, forno
 from tests.e2e.hosts import Host, eventually
 
+from forno.server.transport.envoy import supervisor
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 
 if TYPE_CHECKING:
@@ -56,10 +57,7 @@ async def main(target):
     work += [unary(b'{"sleep": 3600}') for _ in range(50)]
     work += [method("stream_unary", "ClientStream")(endless()) for _ in range(5)]
     work += [both() for _ in range(5)] + [download() for _ in range(5)]
-    tasks = [asyncio.ensure_future(one) for one in work]
-    await asyncio.sleep(0.2)
-    print("busy", flush=True)
-    await asyncio.gather(*tasks)
+    await asyncio.gather(*work)
 
 asyncio.run(main(sys.argv[1]))
 """
@@ -73,21 +71,20 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
 
 def test_clients_killed_under_load_leave_no_handler_and_no_memory(host):
     memory_bytes: list[int] = []
-    for delay_s in (0.0, 0.05, 0.15, 0.3):
-        client = subprocess.Popen([sys.executable, "-c", CLIENT, host.target], stdout=subprocess.PIPE)
+    for delay_s in (0.3, 0.3, 0.15, 0.05, 0.0):
+        client = subprocess.Popen([sys.executable, "-c", CLIENT, host.target])
         try:
-            assert client.stdout is not None
-            assert client.stdout.readline() == b"busy\n"
+            eventually(lambda: host.ask("running").get("unary", 0) >= 50, 20)
             time.sleep(delay_s)
-            assert host.ask("running"), "the client keeps no handler busy"
         finally:
             client.kill()
-            client.communicate()
-        eventually(lambda: not host.ask("running"))
+            client.wait()
+        eventually(lambda: not host.ask("running"), 20)
         memory_bytes.append(host.resident_bytes())
     if host.transport == "envoy":  # grpc.aio keeps tasks of its own
         assert host.ask("tasks") < 10
-    assert memory_bytes[-1] < memory_bytes[0] + (50 << 20)
+    # The first clients fill the buffers that the process then keeps (30 to 80 MB), how far is a matter of timing.
+    assert memory_bytes[-1] < memory_bytes[1] + (50 << 20)
 
 
 @pytest.fixture
@@ -216,16 +213,7 @@ def test_a_server_whose_envoy_dies_says_so_and_ends(settings):
 @pytest.mark.parametrize("transport", ["envoy", "grpc"])
 def test_a_second_server_on_the_same_port_says_so(settings, transport):
     with FornoServer(settings, transport=transport) as server:
-        command = [*(sys.executable, "-m", "forno.server", "serve", str(settings)), "--address", server.target]
-        second = subprocess.run(
-            [*command, "--transport", transport],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        second = forno("serve", settings, "--address", server.target, "--transport", transport)
         assert second.returncode == 2
         assert f"cannot listen on {server.target}: address already in use" in second.stderr
         assert "Traceback" not in second.stderr
@@ -233,8 +221,14 @@ def test_a_second_server_on_the_same_port_says_so(settings, transport):
 
 
 def test_envoy_does_not_share_a_port_that_was_taken_after_the_check(monkeypatch):
+    def read_late(envoy: supervisor.Envoy, descriptor: int) -> None:
+        time.sleep(0.2)  # as where the machine is busy: its last words are told nevertheless
+        read(envoy, descriptor)
+
+    read = supervisor.Envoy._read_log
     with hosts.serve("envoy") as first:
         monkeypatch.setattr(hosts, "free_port", lambda: first.port)
+        monkeypatch.setattr(supervisor.Envoy, "_read_log", read_late)
         with pytest.raises(AssertionError, match="Address already in use"), hosts.serve("envoy") as second:
-            eventually(lambda: not alive(second.pid), 15)
+            eventually(lambda: not alive(second.pid), 20)
         assert first.ask("pid") == first.pid

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 INSIDE = "forno.server.transport.envoy.entry:main"
 _EXIT_WAIT_S = 10.0
+_LAST_WORDS_WAIT_S = 1.0
 
 
 class Envoy:
@@ -62,6 +63,7 @@ class Envoy:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._admin = self._folder / "admin.sock"
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_reader: threading.Thread | None = None
         self._config = config
         self._on_log = on_log
         self._address = address
@@ -130,7 +132,8 @@ class Envoy:
             preexec_fn=processes.die_with_parent(signal.SIGTERM) if dies_with_us else None,  # noqa: PLW1509  (see there)
         )
         os.close(write_end)
-        threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True).start()
+        self._log_reader = threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True)
+        self._log_reader.start()
         folders.remove_stale()
         return self._process
 
@@ -158,7 +161,7 @@ class Envoy:
         self.ask("POST", "/drain_listeners?graceful&skip_exit")
 
     def close(self) -> None:
-        """Ends the process and removes its files."""
+        """Ends the process, has told what it logged last, and removes its files."""
         for watch in self._watches:
             watch.close()
         if self._process and self._process.poll() is None:
@@ -168,6 +171,8 @@ class Envoy:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._log_reader:  # or this process may end before it has said why that one did
+            self._log_reader.join(_LAST_WORDS_WAIT_S)
         if self._address.path:
             Path(self._address.path).unlink(missing_ok=True)
         if self._lock >= 0:
