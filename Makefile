@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+GENERATOR := $(VENV)/generator
 EXTRAS := server,images,security,telemetry,examples,dev
 ADDRESS ?= 127.0.0.1:8080
 AGAINST ?= main
@@ -16,7 +17,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all soak fuzz check deploy-tools sanitize format proto bench install clean
+.PHONY: help run test test-all test-install soak fuzz check deploy-tools sanitize format proto bench install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -24,16 +25,19 @@ help:  ## this list
 run: $(STAMP)  ## serve the demo, show three calls, keep serving (ADDRESS=HOST:PORT, DEMO_EXIT=1)
 	@$(BIN)/python tools/run_demo.py $(ADDRESS)
 
-test: $(STAMP)  ## all tests that take seconds (TESTS=path for some of them)
+test: install  ## all tests that take seconds (TESTS=path for some of them)
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(TESTS)
 
-test-all: $(STAMP)  ## all tests, the slow ones included
+test-all: install  ## all tests, the slow ones included
 	@$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
+
+test-install: $(STAMP)  ## the wheel in a fresh environment with the newest of what it needs, serving and called
+	@$(BIN)/python tools/try_install.py
 
 soak: $(STAMP)  ## only the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(TESTS)
 
-check: $(STAMP)  ## style, types, architecture, contract (AGAINST=revision to compare the contract with)
+check: install  ## style, types, architecture, contract (AGAINST=revision to compare the contract with)
 	@$(BIN)/python tools/check.py $(AGAINST)
 
 deploy-tools: $(STAMP)  ## what `make check` reads deploy/ with, into .venv; helm needs Go, promtool comes with Prometheus
@@ -54,13 +58,13 @@ fuzz: $(STAMP)  ## 200,000 malformed inputs against a real server; the outcome i
 sanitize:  ## the native module's streams under address, undefined-behaviour and thread sanitizers
 	@bash tools/sanitize.sh
 
-proto: $(STAMP)  ## generate the stubs and the transcoder's descriptor set anew
+proto: install  ## generate the stubs and the transcoder's descriptor set anew
 	@$(BIN)/python tools/generate.py
 
 bench: $(STAMP)  ## measure (see bench/README.md)
 	@$(BIN)/python -m bench
 
-install: $(STAMP)  ## the virtual environment in .venv
+install: $(STAMP) $(GENERATOR)/installed  ## the virtual environment in .venv, and in it that of the generator
 
 $(STAMP): pyproject.toml hatch_build.py tools/build_native.py $(NATIVE)
 	@test -x $(BIN)/python || { \
@@ -73,6 +77,17 @@ else
 	@$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]'
 endif
 	@$(BIN)/python tools/build_native.py
+	@touch $@
+
+$(GENERATOR)/installed: tools/generator.txt | $(STAMP)
+	@rm -rf $(GENERATOR)
+ifneq ($(UV),)
+	@$(BIN)/python -m venv --without-pip $(GENERATOR)
+	@$(UV) pip install -q --python $(GENERATOR)/bin/python -r tools/generator.txt
+else
+	@$(BIN)/python -m venv $(GENERATOR)
+	@$(GENERATOR)/bin/python -m pip install -q -r tools/generator.txt
+endif
 	@touch $@
 
 clean:  ## remove all that was made here

@@ -1,24 +1,23 @@
 """Writes what is generated from proto/: Python stubs with types, and the transcoder's descriptor set.
 
 Usage: `python tools/generate.py [FOLDER]`. In place by default; into FOLDER, laid out as the repository is,
-otherwise.
+otherwise. The generator stands in an environment of its own (tools/generator.txt), which `make install` makes.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = Path("proto")
 DESCRIPTOR_SET = Path("server/forno/server/transport/envoy/forno.pb")
-
-
-def google_protos() -> str:
-    """The include path of google/api, google/rpc and google/protobuf as the package index carries them."""
-    import google.api  # noqa: PLC0415  (present only where the generator is)
-
-    return str(Path(next(iter(google.api.__path__))).parent.parent)
+GENERATOR = Path(sys.prefix, "generator")
+GENERATOR_PYTHON = GENERATOR / "bin" / "python"
+# The include path of google/api and google/rpc as the package index carries them.
+GOOGLE_PROTOS = Path(sysconfig.get_path("purelib", vars={"base": str(GENERATOR), "platbase": str(GENERATOR)}))
 
 
 def generate(target: Path) -> None:
@@ -34,10 +33,10 @@ def generate(target: Path) -> None:
     for folder in (python, descriptors.parent):
         folder.mkdir(parents=True, exist_ok=True)
     compile_protos([f"--python_out={python}", f"--pyi_out={python}"], messages)
-    typed = f"--plugin=protoc-gen-mypy_grpc={Path(sys.executable).parent / 'protoc-gen-mypy_grpc'}"
+    typed = f"--plugin=protoc-gen-mypy_grpc={GENERATOR_PYTHON.parent / 'protoc-gen-mypy_grpc'}"
     compile_protos([f"--grpc_python_out={python}", typed, f"--mypy_grpc_out=quiet:{python}"], services)
     # The details of errors travel as Any: nothing imports their types, but the transcoder prints them.
-    details = Path(google_protos(), "google/rpc/error_details.proto")
+    details = GOOGLE_PROTOS / "google/rpc/error_details.proto"
     compile_protos(["--include_imports", f"--descriptor_set_out={descriptors}"], [*services, details])
 
 
@@ -45,12 +44,12 @@ def compile_protos(options: list[str], files: list[Path], root: Path = ROOT / PR
     """Runs the protocol buffer compiler on files below `root`.
 
     Raises:
-        SystemExit: It failed; it has said why.
+        SystemExit: It failed, and has said why; or it is not there.
     """
-    from grpc_tools import protoc  # noqa: PLC0415  (a development tool; its absence is reported, not an import error)
-
-    includes = [f"-I{root}", f"-I{google_protos()}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
-    if protoc.main(["protoc", *includes, *options, *map(str, files)]):
+    if not GENERATOR_PYTHON.exists():
+        raise SystemExit(f"there is no generator in {GENERATOR}: run `make install`")
+    command = [str(GENERATOR_PYTHON), "-m", "grpc_tools.protoc", f"-I{root}", f"-I{GOOGLE_PROTOS}", *options]
+    if subprocess.run([*command, *map(str, files)], check=False).returncode:
         raise SystemExit(1)
 
 

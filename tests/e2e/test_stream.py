@@ -153,7 +153,7 @@ def test_a_stream_whose_time_runs_out_ends_with_that(server):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_stream_to_a_model_that_is_still_loading_ends_with_unavailable(transport, tmp_path: Path):
     file = tmp_path / "forno.yaml"
-    file.write_text('models: {late: {engine: "null", "null": {shape: [-1, 2], delay_us: 400000}}}')
+    file.write_text('models: {late: {engine: "null", "null": {shape: [-1, 2], delay_us: 150000}}}')
     with FornoServer(file, transport=transport, ready=False) as running:
         end, told = time.monotonic() + 20, set()
         while time.monotonic() < end:
@@ -168,5 +168,7 @@ def test_a_stream_to_a_model_that_is_still_loading_ends_with_unavailable(transpo
             else:
                 assert results == ["response"]
                 break
+        else:
+            pytest.fail(f"the model is not ready after 20 s:\n{running.output()}")
         told.discard((grpc.StatusCode.UNAVAILABLE, False))  # nobody listened yet
         assert told == {(grpc.StatusCode.UNAVAILABLE, True)}

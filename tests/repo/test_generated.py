@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import generate
 import pytest
 
-pytest.importorskip("grpc_tools", reason="the generator is not installed")
-
-import generate
+pytestmark = pytest.mark.skipif(not generate.GENERATOR_PYTHON.exists(), reason="no generator (make install)")
 
 
 def test_generated_code_is_current(root: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_model_takes_more_rows_than_one_run(tmp_path, rows, inline_below_us):
 def test_more_rows_than_may_wait_are_refused():
     async def ask_some() -> None:
         metrics = RecordingMetrics()
-        model = null(batching=BatchingSettings(max_rows=4, max_pending_rows=10, max_delay_us=10_000_000))
+        model = null(batching=BatchingSettings(max_rows=4, max_pending_rows=10, max_delay_us=10_000))
         model._metrics = metrics  # type: ignore[assignment]
         await model.load()
         with pytest.raises(InvalidArgument, match=r"11 rows, but at most batching\.max_pending_rows = 10 may wait"):
