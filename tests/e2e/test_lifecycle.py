@@ -79,15 +79,3 @@ def _admin_answers(folder: Path) -> bool:
     from forno.server.transport.envoy import admin
 
     return bool(admin.ask(folder / "admin.sock", "GET", "/ready"))
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_hangup_ends_nothing_and_is_told(settings, transport):
-    with FornoServer(settings, transport=transport) as server:
-        for times in (1, 2):
-            server.process.send_signal(signal.SIGHUP)
-            eventually(lambda times=times: server.output().count("SIGHUP changes nothing here") == times)
-        server.wait_ready(1)
-        assert server.process.poll() is None
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0, server.output()

@@ -18,7 +18,7 @@ from forno.server import logs
 from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.security.exposure import why_open
-from forno.server.transport.envoy import ceilings, supervisor
+from forno.server.transport.envoy import ceilings, outside, supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from forno.server.repository import ModelSpec
     from forno.server.server import Server
 
+    Read = Callable[[], tuple[Config, Sequence[ModelSpec]]]
+
 log = logging.getLogger("forno")
 
 
-def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[Config, Sequence[ModelSpec]]]) -> int:
-    """Serves models until SIGINT or SIGTERM, then drains.
+def serve(config: Config, specs: Sequence[ModelSpec], read: Read) -> int:
+    """Serves models until SIGINT or SIGTERM, then drains; SIGHUP reads the settings again.
 
     Args:
         config: All settings.
@@ -48,6 +50,8 @@ def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[C
     address = _claimed(config.server.address, "server.address")
     if config.security.admin_address:
         _claimed(config.security.admin_address, "security.admin_address")
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something that can be read again
     transport = config.server.transport
     for warning in filter(None, (why_open(config), ceilings.raise_open_files(config.server.max_connections))):
         print(f"forno: warning: {warning}", file=sys.stderr)  # noqa: T201
@@ -55,28 +59,17 @@ def serve(config: Config, specs: Sequence[ModelSpec], read: Callable[[], tuple[C
         from forno.server.fleet import run  # noqa: PLC0415  (a single server needs none of it)
 
         return run.serve(config, specs, address, read)
-    _outlive_hangups()
     if transport == "grpc":
-        return _run(_serve_grpc(config, specs, address))
+        return _run(_serve_grpc(config, specs, address, read))
     if transport == "envoy":
         reason = supervisor.why_not_inside()
         if not reason:
-            status, message = supervisor.serve_inside(config, specs, address, logs.EnvoyLog().line)
+            status, message = outside.serve_inside(config, specs, address, logs.EnvoyLog().line, read)
             if message:
                 print(f"forno: {message}", file=sys.stderr)  # noqa: T201
             return status
         print(f"forno: {reason}; serving with --transport proxy instead, which is slower", file=sys.stderr)  # noqa: T201
-    return _run(_serve_proxy(config, specs, address))
-
-
-def _outlive_hangups() -> None:
-    """Has SIGHUP, which replaces replicas where there are some, end nothing where there are none."""
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, _on_hangup)
-
-
-def _on_hangup(*_: object) -> None:
-    log.warning("SIGHUP changes nothing here: only a server with --replicas reads its settings again")
+    return _run(_serve_proxy(config, specs, address, read))
 
 
 def _run(main: Coroutine[Any, Any, None]) -> int:
@@ -91,27 +84,27 @@ def _run(main: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
-async def _serve_grpc(config: Config, specs: Sequence[ModelSpec], address: Address) -> None:
+async def _serve_grpc(config: Config, specs: Sequence[ModelSpec], address: Address, read: Read) -> None:
     from forno.server.transport.aio import AioHost  # noqa: PLC0415  (heavy)
 
     def make(server: Server) -> AioHost:
         limit, mode = config.server.max_message_bytes, config.server.socket_mode
         return AioHost(address, limit, server.metrics.rpc, mode, server.guard, security=config.security)
 
-    await _run_server(config, specs, address, rest=False, make=make)
+    await _run_server(config, specs, address, read, rest=False, make=make)
 
 
-async def _serve_proxy(config: Config, specs: Sequence[ModelSpec], address: Address) -> None:
+async def _serve_proxy(config: Config, specs: Sequence[ModelSpec], address: Address, read: Read) -> None:
     from forno.server.transport.envoy.proxy import ProxyHost  # noqa: PLC0415  (heavy)
 
     def make(server: Server) -> ProxyHost:
         return ProxyHost(config, address, server.metrics.rpc, logs.EnvoyLog().line, server.guard)
 
-    await _run_server(config, specs, address, rest=True, make=make)
+    await _run_server(config, specs, address, read, rest=True, make=make)
 
 
 async def _run_server(
-    config: Config, specs: Sequence[ModelSpec], address: Address, *, rest: bool, make: Callable[[Any], Any]
+    config: Config, specs: Sequence[ModelSpec], address: Address, read: Read, *, rest: bool, make: Callable[[Any], Any]
 ) -> None:
     import asyncio  # noqa: PLC0415  (heavy)
 
@@ -120,6 +113,8 @@ async def _run_server(
     server = Server(config, specs, str(address), rest=rest)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload, read)
     await server.run(make(server))
 
 

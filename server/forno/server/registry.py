@@ -126,6 +126,17 @@ class Registry:
             raise self._unknown(name)
         self._labels[name, label] = self._exactly(name, versions, version, "").version
 
+    def become(self, other: Registry) -> list[Model]:
+        """Takes over all that another one knows, at once.
+
+        Returns:
+            The models that it no longer knows, which the caller closes.
+        """
+        before = self.models()
+        self._versions, self._labels = other._versions, other._labels
+        kept = {id(model) for model in self.models()}
+        return [model for model in before if id(model) not in kept]
+
     def ready(self) -> bool:
         """Whether every model that should serve is ready."""
         return all(model.state is ModelState.READY for model in self.models() if model.state in _SERVED)

@@ -14,12 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
-from forno.server import banner, endpoints
+from forno.server import banner, fixed, logs
 from forno.server.cache import CachedModel
+from forno.server.catalog import Catalog
 from forno.server.clock import clock_us
+from forno.server.errors import ConfigError
 from forno.server.metrics import Metrics
-from forno.server.model import Model
-from forno.server.registry import Registry
 from forno.server.security import guard
 from forno.server.servicers import tracing
 from forno.server.servicers.health import HealthServicer
@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from forno.server.config import Config
+    from forno.server.model import Model
     from forno.server.repository import ModelSpec
 
 log = logging.getLogger("forno")
 
 SERVICE = predictor_pb2.DESCRIPTOR.services_by_name["Predictor"].full_name
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_LINGER_S = 1.0
+"""How long a model that was replaced goes on for calls that have found it and are still being read."""
 REST_SERVICE = rest_pb2.DESCRIPTOR.services_by_name["Rest"].full_name
 
 
@@ -85,20 +88,15 @@ class Server:
         self._rest = rest
         self._show = show or (lambda _text: None)
         self.metrics = Metrics()
-        self.registry = Registry()
-        for spec in specs:
-            model_metrics = self.metrics.model(spec.name, spec.version)
-            kind = CachedModel if spec.settings.cache.max_bytes else Model
-            model = kind(spec.name, spec.version, spec.path, spec.settings, model_metrics)
-            self.registry.add(model)
-            for label, version in spec.settings.labels.items():
-                if version == spec.version:
-                    self.registry.set_label(spec.name, label, version)
-        self._endpoints = endpoints.build(config, self.registry)
+        self._catalog = Catalog(config, specs, self.metrics)
+        self.registry = self._catalog.registry
         self.guard = guard.make(config, address, rates)
         """Admits the transport's calls; None where all may come in."""
         self._health = HealthServicer(self.registry)
         self._stop = asyncio.Event()
+        self._telemetry: Telemetry | None = None
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
         """Begins the end: `run` drains and returns."""
@@ -110,19 +108,20 @@ class Server:
         Raises:
             ConfigError: A model cannot be loaded, or the address cannot be listened on.
         """
-        telemetry = Telemetry.start(self._config.telemetry, self.metrics)
+        telemetry = self._telemetry = Telemetry.start(self._config.telemetry, self.metrics)
         self._mount(host, telemetry)
         self.metrics.watch(self._gauges)
         self._set_health(serving=False)
         port = await host.start()
         export = asyncio.create_task(telemetry.export_metrics()) if telemetry else None
         try:
-            await self._load()
+            async with self._changing:
+                await self._load()
             self._set_health(serving=True)
             if port:
                 self._address = f"{self._address.rpartition(':')[0]}:{port}"
             colour = sys.stdout.isatty()
-            models, named = self.registry.models(), self._endpoints.values()
+            models, named = self.registry.models(), self._catalog.endpoints.values()
             security = self._config.security
             self._show(
                 banner.render(
@@ -139,6 +138,8 @@ class Server:
             on_ready()
             await self._stop.wait()
         finally:
+            for task in self._tasks:
+                task.cancel()
             self._health.shut_down()
             await host.stop(self._config.server.drain_s)
             for model in self.registry.models():
@@ -149,13 +150,13 @@ class Server:
 
     def _mount(self, host: Host, telemetry: Telemetry | None) -> None:
         """Adds every servicer to the transport."""
-        predictor = PredictorServicer(self.registry, self._endpoints)
-        rest = RestServicer(self.registry, self._endpoints, self.metrics)
+        predictor = PredictorServicer(self.registry, self._catalog.endpoints)
+        rest = RestServicer(self.registry, self._catalog.endpoints, self.metrics)
         if telemetry:
             tracing.watch_servicer(predictor, SERVICE, telemetry)
             tracing.watch_servicer(rest, REST_SERVICE, telemetry)
-            for model in self.registry.models():
-                tracing.watch_model(model)
+        for model in self.registry.models():
+            self._adopt(model)
         predictor_pb2_grpc.add_PredictorServicer_to_server(predictor, host.grpc)
         add_hot_handler = getattr(host.grpc, "add_hot_handler", None)
         if add_hot_handler and not telemetry:  # a traced call needs its metadata, and a task to carry its trace
@@ -171,16 +172,56 @@ class Server:
         add_ServerReflectionServicer_to_server(describer, host.grpc)
 
     async def _load(self) -> None:
-        """Loads and warms up every model, one after another: each may use all cores."""
-        for model in self.registry.models():
-            began = time.monotonic()
-            await model.load()
-            model.on_failed = partial(self._set_failed, model)
+        began = time.monotonic()
+
+        def show(model: Model) -> None:
+            nonlocal began
             self._show(banner.loaded(model, time.monotonic() - began))
-        for endpoint in self._endpoints.values():
-            endpoint.check()
+            began = time.monotonic()
+
+        await self._catalog.load(show)
         gc.freeze()  # what start-up has made stays; to look for garbage in it first would take longer than it saves
         gc.enable()
+
+    def reload(self, read: Callable[[], tuple[Config, Sequence[ModelSpec]]]) -> None:
+        """Begins to change to the settings and models that there are now; the log says how it went. No call is lost.
+
+        Args:
+            read: Reads both, on another thread.
+        """
+        task = asyncio.create_task(self._reload(read))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reload(self, read: Callable[[], tuple[Config, Sequence[ModelSpec]]]) -> None:
+        async with self._changing:
+            log.info("reading the settings again")
+            try:
+                config, kept = fixed.keep(self._config, (found := await asyncio.to_thread(read))[0])
+                change = await self._catalog.change(config, found[1], self._adopt)
+            except ConfigError as error:
+                for line in str(error).splitlines():
+                    log.error("not reloaded: %s", line)  # noqa: TRY400  (a wrong setting, not a fault of ours)
+                return
+            except Exception:
+                log.exception("not reloaded")
+                return
+            self._config = config
+            logs.configure(config.server.log_level, config.server.log_format)
+            for model in change.gone:
+                self._health.forget(model.name)
+            self._set_health(serving=True)
+            if kept:
+                log.warning("%s", fixed.told(kept))
+            new, gone = (", ".join(map(str, models)) or "none" for models in change)
+            log.info("reloaded; models loaded: %s; let go: %s", new, gone)
+            await asyncio.sleep(_LINGER_S)
+            await asyncio.gather(*(model.close(config.server.drain_s) for model in change.gone))
+
+    def _adopt(self, model: Model) -> None:
+        model.on_failed = partial(self._set_failed, model)
+        if self._telemetry:
+            tracing.watch_model(model)
 
     def health_names(self) -> set[str]:
         """What grpc.health.v1 is asked about: the whole server as "", the service, and each model by name."""
@@ -192,7 +233,7 @@ class Server:
 
     def _set_failed(self, model: Model) -> None:
         """Has a model that can serve no more be noticed: whoever looks after this process is to start it anew."""
-        for name in ("", SERVICE, model.name):
+        for name in ("", SERVICE, model.name) if model in self.registry.models() else ():
             self._health.set(name, serving=False)
 
     def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:

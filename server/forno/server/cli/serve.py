@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from forno.server.repository import ModelSpec
 
 DESCRIPTION = """\
-Serves models over gRPC and REST on one port until SIGINT or SIGTERM, then finishes the calls it holds."""
+Serves models over gRPC and REST on one port until SIGINT or SIGTERM, then finishes the calls it holds. SIGHUP has it
+read its models and settings again."""
 EPILOG = """\
 examples:
   forno serve model.onnx

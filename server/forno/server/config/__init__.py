@@ -1,4 +1,4 @@
-"""Every setting of the server, typed, with its unit in its name. Read once at start, never changed."""
+"""Every setting of the server, typed, with its unit in its name. Read at the start and at each reload, kept as read."""
 
 from __future__ import annotations
 

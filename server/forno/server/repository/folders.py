@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def check_name(name: str, place: Path | str, what: str = "model") -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{place}: {what} name {name!r} has other characters than letters, digits, '.', '_' and '-'")
     return name
+
+
+def stamp_of(file: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells a model's file from another that takes its place: name, time, size and number of each.
+
+    A model may keep its weights in files beside it, so these count too, but not other models.
+    """
+    stamps = []
+    for path in sorted({file, *(path for path in _visible(file.parent) if path.suffix.lower() not in MODEL_SUFFIXES)}):
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # a link to nowhere, or gone meanwhile
+        if stat.S_ISREG(status.st_mode):
+            stamps.append((path.name, status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(stamps)
 
 
 def _look_in(folder: Path) -> list[Found]:

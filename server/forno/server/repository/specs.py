@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from forno.server.config import ModelSettings
 from forno.server.errors import ConfigError
-from forno.server.repository.folders import LAYOUT, ONLY_VERSION, Found, check_name, look
+from forno.server.repository.folders import LAYOUT, ONLY_VERSION, Found, check_name, look, stamp_of
 from forno.server.settings import load_model
 from forno.server.spelling import listed, nearest
 
@@ -26,6 +26,7 @@ class ModelSpec:
     version: str
     path: Path | None  # the model file; None for an engine that needs none
     settings: ModelSettings
+    stamp: tuple[tuple[str, int, int, int], ...] = ()  # of the file and those beside it: other where they have changed
 
 
 def find(paths: Sequence[Path], config: Config) -> list[ModelSpec]:
@@ -103,7 +104,7 @@ def _versions(model: Found, settings: ModelSettings) -> Iterator[ModelSpec]:
             )
     for version in versions:
         path = None if settings.engine == "null" else model.files[version]
-        yield ModelSpec(model.name, version, path, settings)
+        yield ModelSpec(model.name, version, path, settings, stamp_of(path) if path else ())
 
 
 def _wanted(model: Found, wanted: int | tuple[str, ...]) -> list[str]:

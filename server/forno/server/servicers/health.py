@@ -74,6 +74,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # A
         self._serving[name] = serving
         self._wake()
 
+    def forget(self, name: str) -> None:
+        """Knows a name no more."""
+        self._serving.pop(name, None)
+        self._wake()
+
     def shut_down(self) -> None:
         """Tells that nothing serves any more, and ends the calls of those who watch."""
         self._over = True

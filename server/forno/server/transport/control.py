@@ -1,12 +1,14 @@
 """A server that another process of ours has started, told what to do over a socket pair, a line a message.
 
-First comes what to serve, from there; then "ready JSON", "failed TEXT" and "drained" from here, "drain" from there. If
-the other side goes away, the server drains and ends: no orphan is left.
+First comes what to serve, from there; then "ready JSON", "failed TEXT" and "drained" from here, and from there "drain"
+and "reload BYTES", after which so many bytes say what to serve from now on. If the other side goes away, the server
+drains and ends: no orphan is left.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import pickle
@@ -91,9 +93,16 @@ async def serve(
 
 async def _watch(reader: asyncio.StreamReader, server: Server, ended: asyncio.Event) -> None:
     """Stops the server when the other side says so or has gone, or when the transport itself ends."""
-    both = asyncio.create_task(ended.wait()), asyncio.create_task(reader.readline())
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    server.stop()
+    ending = asyncio.create_task(ended.wait())
+    while True:
+        reading = asyncio.create_task(reader.readline())
+        await asyncio.wait((ending, reading), return_when=asyncio.FIRST_COMPLETED)
+        word, _, size = reading.result().partition(b" ") if reading.done() else (b"", b"", b"")
+        if word != b"reload":
+            server.stop()
+            return
+        data = await reader.readexactly(int(size))
+        server.reload(functools.partial(pickle.loads, data))
 
 
 def _name_in_log(replica: int) -> None:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
-import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forno.server import logs, processes
 from forno.server.errors import ConfigError
 from forno.server.transport.envoy import bootstrap, ceilings, doors, folders
-from forno.server.transport.envoy.ends import MAX_STREAM_S, MODULE, ModuleEnd
+from forno.server.transport.envoy.ends import MAX_STREAM_S, MODULE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from forno.server.address import Address
     from forno.server.config import Config
-    from forno.server.repository import ModelSpec
     from forno.server.transport.envoy.ends import End
 
 INSIDE = "forno.server.transport.envoy.entry:main"
@@ -249,115 +245,7 @@ def interpreter_environment() -> dict[str, str]:
     }
 
 
-def serve_inside(
-    config: Config, specs: Sequence[ModelSpec], address: Address, on_log: Callable[[str], None]
-) -> tuple[int, str]:
-    """Serves from inside Envoy until a signal, then drains.
-
-    Returns:
-        Exit status, and what to tell the user where it is not 0.
-    """
-    ours, theirs = socket.socketpair()
-    os.set_inheritable(theirs.fileno(), True)
-    envoy = Envoy(config, address, lambda _folder: ModuleEnd(INSIDE, str(theirs.fileno())), on_log)
-    signals = _Signals()
-    try:
-        envoy.start(
-            interpreter_environment(),
-            keep=[theirs.fileno()],
-        )
-        theirs.close()
-        with contextlib.suppress(OSError):  # it has ended already, which is seen to later
-            ours.sendall(packed({"config": config, "specs": specs, "address": str(address), "rest": True}))
-        return _supervise(config, envoy, ours, signals)
-    finally:
-        signals.restore()
-        ours.close()
-        envoy.close()
-
-
 def packed(what: object) -> bytes:
     """What `inside.py` reads first: a pickle, after its size."""
     data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
     return len(data).to_bytes(8, "little") + data
-
-
-def _supervise(config: Config, envoy: Envoy, control: socket.socket, signals: _Signals) -> tuple[int, str]:
-    """Waits for news from inside and for signals; returns when Envoy may end."""
-    waiting = selectors.DefaultSelector()
-    waiting.register(control, selectors.EVENT_READ)
-    waiting.register(signals.descriptor, selectors.EVENT_READ)
-    pending, failure = b"", ""
-    draining_until: float | None = None
-    while True:
-        left_s = None if draining_until is None else max(0.0, draining_until - time.monotonic())
-        for key, _ in waiting.select(left_s):
-            if key.fd == signals.descriptor:
-                if not signals.take():
-                    continue
-                if draining_until is not None:
-                    return 130, "stopped at once by a second signal"
-                control.sendall(b"drain\n")
-                envoy.stop_listening()
-                draining_until = time.monotonic() + config.server.drain_s + 5.0
-                continue
-            received = _receive(control)
-            *lines, pending = (pending + received).split(b"\n")
-            for line in lines:
-                if line == b"drained":
-                    envoy.wait_answered(2.0)
-                    return 0, ""
-                if line.startswith(b"failed "):
-                    failure = line[7:].decode().replace("\x1f", "\n")
-            if not received:
-                if failure:
-                    return 2, failure
-                envoy_status = _exit_status(envoy)
-                return 1, f"the server ended unexpectedly (status {envoy_status})"
-        if draining_until is not None and time.monotonic() >= draining_until:
-            return 1, f"draining took longer than {config.server.drain_s} s; stopped"
-
-
-def _receive(control: socket.socket) -> bytes:
-    try:
-        return control.recv(65536)
-    except ConnectionResetError:  # it has ended without reading all that we sent
-        return b""
-
-
-def _exit_status(envoy: Envoy) -> int | None:
-    for _ in range(50):
-        if (status := envoy.returncode()) is not None:
-            return status
-        time.sleep(0.02)
-    return None
-
-
-class _Signals:
-    """SIGINT and SIGTERM as bytes on a descriptor, for as long as it lives."""
-
-    def __init__(self) -> None:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
-        self._before: dict[int, Any] = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        self._wakeup = signal.set_wakeup_fd(self._write.fileno())
-
-    @property
-    def descriptor(self) -> int:
-        """Readable when a signal has come."""
-        return self._read.fileno()
-
-    def take(self) -> bool:
-        """Whether one of ours is among the signals that have come; forgets them."""
-        return not self._before.keys().isdisjoint(self._read.recv(4096))
-
-    def restore(self) -> None:
-        """Puts back what was there before."""
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._read.close()
-        self._write.close()
