@@ -61,6 +61,26 @@ def mlp(path: Path) -> Path:
     )
 
 
+def seeing(
+    path: Path,
+    *,
+    size: tuple[int, int] = (6, 5),
+    channels: int = 3,
+    classes: int = 7,
+    last: bool = False,
+    half: bool = False,
+) -> Path:
+    """Logits of images: [rows, channels, *size], or with `last` [rows, *size, channels], times weights."""
+    shape = (*size, channels) if last else (channels, *size)
+    weights = np.random.default_rng(4).standard_normal((size[0] * size[1] * channels, classes)) / 3
+    type_ = Type.FLOAT16 if half else Type.FLOAT
+    nodes = [helper.make_node("Flatten", ["image"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])]
+    outputs = [("logits", type_, ["rows", classes])]
+    return save(
+        path, [("image", type_, ["rows", *shape])], outputs, nodes, {"w": weights.astype("f2" if half else "f4")}
+    )
+
+
 def two_in_two_out(path: Path) -> Path:
     """sum and product of a [n, 4] and a [n, 1]."""
     return save(

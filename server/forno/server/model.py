@@ -15,6 +15,8 @@ from forno.server.batcher import Batcher
 from forno.server.clock import clock_us
 from forno.server.engines import engine_name, open_engine
 from forno.server.errors import ConfigError, FornoError, InvalidArgument, NotReady
+from forno.server.processing import Processing
+from forno.server.processing import plan as processing_plan
 from forno.server.proof import proven
 from forno.server.shapes import plan, rows_limit
 from forno.server.sharing import weigh_this_thread
@@ -105,6 +107,7 @@ class Model:
         self.engine_name = ""
         self.signature = Signature((), (), batched=False)
         self.max_rows = 1
+        self.processing = Processing(None, None)  # what is done around its runs
         self.example_shapes: tuple[tuple[int, ...], ...] = ()  # of inputs that passed the first runs; empty if none did
         self.on_failed: Callable[[], None] = lambda: None
         """Called when it fails after it was ready; `error` says why."""
@@ -160,6 +163,9 @@ class Model:
             raise self.not_ready()
         if self._text_inputs:
             request.inputs = self._as_text(request.inputs)
+        image = self.processing.image
+        if image is not None:
+            image.check(request.inputs[image.index].shape)
         if request.rows > self.max_rows:
             self._submit_parts(worker, request)
             return
@@ -220,6 +226,13 @@ class Model:
         try:
             warm = self._prove(engine)
             self.max_rows = self._most_rows(warm)
+            settings = self.settings
+            processing = processing_plan(engine.signature, settings.preprocess, settings.postprocess)
+            if processing is not None:
+                from forno.server.engines.processed import processed  # noqa: PLC0415  (loading Pillow takes a while)
+
+                self.processing = processing
+                engine, warm = processed(engine, processing, warm)
             slots = [engine.new_slot(self.max_rows) for _ in range(self.settings.instances + SPARE_SLOTS)]
             return engine, warm, slots
         except ConfigError as error:
@@ -257,7 +270,7 @@ class Model:
 
     def _begin(self, engine: Engine[Any], warm: WarmUp, slots: Sequence[Slot]) -> None:
         batching = self.settings.batching
-        self.signature = warm.signature
+        self.signature = engine.signature
         self.note = warm.note
         self.example_shapes = warm.shapes
         self._pads = warm.signature.padding is not None and bool(warm.signature.padding.names)

@@ -12,6 +12,8 @@ from forno.server.config.models import (
     NullSettings,
     OnnxSettings,
     PaddingSettings,
+    PostprocessSettings,
+    PreprocessSettings,
 )
 from forno.server.config.process import FleetSettings, ServerSettings, TelemetrySettings
 from forno.server.config.security import CorsSettings, JwtSettings, RateLimitSettings, SecuritySettings, TlsSettings
@@ -29,6 +31,8 @@ __all__ = [
     "NullSettings",
     "OnnxSettings",
     "PaddingSettings",
+    "PostprocessSettings",
+    "PreprocessSettings",
     "RateLimitSettings",
     "SecuritySettings",
     "ServerSettings",

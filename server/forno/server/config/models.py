@@ -11,6 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from forno.server.config.base import Rows, Settings
 from forno.server.sharing import LEAST_WEIGHT
 
+Pixels = Annotated[int, Field(strict=True, ge=1, le=32767)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class BatchingSettings(Settings):
     """How requests to one model are grouped."""
@@ -82,6 +86,42 @@ class PaddingSettings(Settings):
         if list(counts) != sorted(set(counts)):
             raise ValueError("numbers in ascending order, each once")
         return counts
+
+
+class PreprocessSettings(Settings):
+    """How images become what a model reads, on the device that it runs on.
+
+    As soon as one of these is set, callers send uint8 [rows, height, width, channels] of any size.
+    """
+
+    tensor: str = ""
+    """The model's input; empty = its only one."""
+    layout: Literal["NCHW", "NHWC"] | None = None
+    """Order of the input's dimensions; unset = from its shape."""
+    resize: Pixels | tuple[Pixels, Pixels] | None = None
+    """What images are resized to before the middle of the model's size is cropped: their shorter side, or height and
+    width. Unset = the model's size, and nothing is cropped. Bilinear, antialiased."""
+    mean: Number | tuple[Number, ...] = 0.0
+    """What is subtracted from values of 0 to 1; one number, or one a channel."""
+    std: Positive | tuple[Positive, ...] = 1.0
+    """What the rest is divided by; one number, or one a channel."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.model_fields_set)
+
+
+class PostprocessSettings(Settings):
+    """What is made of a model's scores on the device that it runs on, so that only that is copied back."""
+
+    top_k: Annotated[int, Field(strict=True, ge=0, le=1000)] = 0
+    """How many of the best classes of each row are answered instead of all scores: their scores in the output of the
+    scores, and their numbers in another, called like it with `_classes` behind. 0 = all scores."""
+    softmax: bool = False
+    """Whether the scores are logits, which become probabilities."""
+    tensor: str = ""
+    """The output that scores the classes; empty = the only one."""
 
 
 class OnnxSettings(Settings):
@@ -156,6 +196,10 @@ class ModelSettings(Settings):
     """How its requests are grouped."""
     padding: PaddingSettings = PaddingSettings()
     """How requests of different row shapes run together; `auto` = where that is proven to change no answer."""
+    preprocess: PreprocessSettings = PreprocessSettings()
+    """How images become what it reads; nothing set = callers send what it reads."""
+    postprocess: PostprocessSettings = PostprocessSettings()
+    """What is made of its scores."""
     cache: CacheSettings = CacheSettings()
     """Answers that are given again to equal requests; off unless `max_bytes` is set."""
     deterministic: bool = True
@@ -185,6 +229,12 @@ class ModelSettings(Settings):
         if not re.fullmatch(r"cpu|(cuda|pycuda)(:\d{1,3})?", device):
             raise ValueError("cpu, cuda or pycuda, the last two with a number where there are several, such as cuda:1")
         return device
+
+    @model_validator(mode="after")
+    def _processed_or_padded(self) -> ModelSettings:
+        if self.padding.enabled and (self.preprocess.is_set or self.postprocess.top_k):
+            raise ValueError("`padding.enabled` goes together with neither `preprocess` nor `postprocess`; remove one")
+        return self
 
     @model_validator(mode="after")
     def _graphs_of_known_rows(self) -> ModelSettings:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import string
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from forno.server.endpoints.calls import call
-from forno.server.endpoints.label import LabelWriter
+from forno.server.endpoints.label import LabelWriter, RankedWriter
 from forno.server.endpoints.payload import Reply
 from forno.server.endpoints.plain import TensorsReader, TensorsWriter
 from forno.server.endpoints.settings import (
@@ -111,6 +112,10 @@ class Endpoint:
         match self._input:
             case TextInput():
                 self._reader = TextReader(self._input, signature, where)
+            case ImageInput() if model.processing.image is not None:
+                from forno.server.endpoints.pixels import PixelsReader  # noqa: PLC0415  (as below)
+
+                self._reader = PixelsReader(self._input, model.processing.image, where)
             case ImageInput():
                 from forno.server.endpoints.image import ImageReader  # noqa: PLC0415  (loading Pillow takes a while)
 
@@ -119,7 +124,9 @@ class Endpoint:
                 self._reader = TensorsReader(signature)
         match self._output:
             case LabelOutput():
-                self._writer = LabelWriter(self._output, signature, f"{self._where}.output")
+                ranking = model.processing.ranking
+                kind = LabelWriter if ranking is None else partial(RankedWriter, ranking)
+                self._writer = kind(self._output, signature, f"{self._where}.output")
             case _:
                 self._writer = TensorsWriter(signature, model.name, model.version)
         self._signature = signature

@@ -66,12 +66,10 @@ class ImageReader:
     """
 
     def __init__(self, settings: ImageInput, signature: Signature, where: str) -> None:
-        if Image is None:
-            raise ConfigError(f"{where}: the codec `image` needs Pillow: pip install 'forno[images]'")
-        # Pillow's own limit is a warning first; `max_pixels` is checked before anything is decoded.
-        Image.MAX_IMAGE_PIXELS = None
+        self._need_pillow(where)
         self._settings = settings
         self._spec = only_input(signature, settings.tensor, where)
+        self._name = self._spec.name
         self._geometry = _geometry(settings, self._spec, where)
         self._mode = "L" if self._geometry.channels == 1 else "RGB"
         if settings.range is not None:
@@ -80,6 +78,13 @@ class ImageReader:
         else:
             self._scale = _per_channel(settings.scale, self._geometry, f"{where}.scale")
             self._offset = _per_channel(settings.offset, self._geometry, f"{where}.offset")
+
+    @staticmethod
+    def _need_pillow(where: str) -> None:
+        if Image is None:
+            raise ConfigError(f"{where}: the codec `image` needs Pillow: pip install 'forno[images]'")
+        # Pillow's own limit is a warning first; `max_pixels` is checked before anything is decoded.
+        Image.MAX_IMAGE_PIXELS = None
 
     async def read(self, payload: Payload) -> Decoded:
         """One image, or one or several of a JSON body's pixels."""
@@ -98,7 +103,7 @@ class ImageReader:
             pixels = await asyncio.to_thread(self._decode, image)
         else:
             pixels = self._decode(image)
-        return Decoded({self._spec.name: self._to_input(pixels)})
+        return Decoded({self._name: self._to_input(pixels)})
 
     def _read_pixels(self, value: object) -> Decoded:
         place = Place(self._spec.name, self._settings.field)
@@ -137,8 +142,7 @@ class ImageReader:
         size = (self._geometry.width, self._geometry.height)
         try:
             image.draft(self._mode, (max(size), max(size)))  # a JPEG comes out smaller at once, at no loss to us
-            picture = ImageOps.exif_transpose(image)
-            picture = _plain(picture).convert(self._mode)
+            picture = shown_upright(image, self._mode)
             if picture.size != size:
                 shrinks = picture.width >= size[0] and picture.height >= size[1]
                 filter_ = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
@@ -149,17 +153,29 @@ class ImageReader:
         return pixels.reshape(*pixels.shape[:2], -1)
 
     def _to_input(self, pixels: Array) -> Array:  # [1, ...] in the model's layout
-        invert = self._settings.invert
-        if invert == "auto":
-            edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
-            invert = bool(np.median(np.concatenate(edges)) > _LIGHT)
-        if invert:
+        if self._is_inverted(pixels):
             pixels = 255 - pixels
         values = pixels * self._scale + self._offset
         if self._spec.dtype.kind in "iu":
             limits = np.iinfo(self._spec.dtype)
             values = np.rint(values).clip(limits.min, limits.max)
         return self._geometry.arrange(values[np.newaxis].astype(self._spec.dtype))
+
+    def _is_inverted(self, pixels: Array) -> bool:
+        if self._settings.invert != "auto":
+            return self._settings.invert
+        edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+        return bool(np.median(np.concatenate(edges)) > _LIGHT)
+
+
+def shown_upright(image: Image.Image, mode: str) -> Image.Image:
+    """The picture as people see it, in a mode of 8 bits a channel."""
+    return _plain(ImageOps.exif_transpose(image)).convert(mode)
+
+
+def shrunk(picture: Image.Image, times: int) -> Image.Image:
+    """The picture, so many times smaller along each side; each of its pixels is the mean of those that it covers."""
+    return picture.resize((picture.width // times, picture.height // times), Image.Resampling.BOX)
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from forno.v1 import tensors
 if TYPE_CHECKING:
     from forno.server.endpoints.payload import Decoded
     from forno.server.endpoints.settings import LabelOutput
+    from forno.server.processing import Ranking
     from forno.server.request import Answer
     from forno.server.signature import Signature
 
@@ -91,6 +92,51 @@ class LabelWriter:
     def _entry(self, number: int, scores: Array) -> dict[str, Any]:
         label = self._labels[number] if number < len(self._labels) else number
         return {"prediction": label, "confidence": round(float(scores[number]), _CONFIDENCE_DIGITS)}
+
+
+class RankedWriter:
+    """As `LabelWriter`, for a model that answers its best classes itself (`postprocess`). Event loop only.
+
+    Args:
+        ranking: What the model answers.
+        settings: The codec's.
+        signature: The model's.
+        where: Path of the settings, for messages.
+
+    Raises:
+        ConfigError: The settings say what the model does not answer.
+    """
+
+    def __init__(self, ranking: Ranking, settings: LabelOutput, signature: Signature, where: str) -> None:
+        spec = signature.outputs[ranking.index]
+        if settings.tensor not in ("", spec.name) or settings.label_tensor:
+            raise ConfigError(f"{where}: the model's `postprocess` ranks '{spec.name}'; remove tensor and label_tensor")
+        if settings.scores == "logits":
+            raise ConfigError(f"{where}.scores is logits; the model has `postprocess`: set postprocess.softmax there")
+        if settings.top_k > ranking.k:
+            raise ConfigError(f"{where}.top_k is {settings.top_k}, but the model's postprocess.top_k is {ranking.k}")
+        if settings.labels and len(settings.labels) != ranking.classes:
+            raise ConfigError(f"{where}.labels has {len(settings.labels)} names, expected {ranking.classes}")
+        self._name, self._at = spec.name, ranking.index
+        self._labels, self._top_k = settings.labels, settings.top_k
+
+    def write(self, answer: Answer, decoded: Decoded) -> Any:
+        """One object, or a list of them where the request was a list."""
+        scores, classes = answer.outputs[self._at], answer.outputs[-1]
+        if not np.isfinite(scores).all():
+            raise EngineFailed(f"the model's output '{self._name}' has scores that are not finite numbers")
+        replies = [self._reply(*row) for row in zip(scores.tolist(), classes.tolist(), strict=True)]
+        return replies if decoded.many or len(replies) != 1 else replies[0]
+
+    def _reply(self, scores: list[float], classes: list[int]) -> dict[str, Any]:
+        entries = [
+            {
+                "prediction": self._labels[number] if self._labels else number,
+                "confidence": round(score, _CONFIDENCE_DIGITS),
+            }
+            for score, number in zip(scores[: self._top_k or 1], classes, strict=False)
+        ]
+        return {**entries[0], "top": entries} if self._top_k else entries[0]
 
 
 def _scores_at(settings: LabelOutput, signature: Signature, where: str) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from forno.kernels.devices import Device
+    from forno.kernels.library import Kernels
     from forno.server.signature import Signature
     from forno.server.slots.slabs import Slab
 
@@ -53,6 +54,7 @@ class CudaSlot(HostSlot):
         self.ring = ring
         self.input_slab: Slab | None = None
         self.output_slab: Slab | None = None
+        self.rooms: dict[str, Slab] = {}  # memory of the device alone
         self.events: tuple[int, int, int] = ring.take_events()  # inputs are there, outputs are made, outputs are here
         self.addresses: list[int] = []  # of `inputs` on the device
         self.copies_out: list[tuple[int, int, int]] = []  # to pinned, from device, bytes
@@ -80,11 +82,19 @@ class CudaSlot(HostSlot):
             slab.used_bytes = 0
             self.addresses = []
             try:
-                super().load(requests, rows)
+                self.place_inputs(requests, rows)
             except SlabFull as full:
                 self._slab("input_slab", full.needed_bytes)
             else:
                 return
+
+    def place_inputs(self, requests: Sequence[tuple[Array, ...]], rows: int) -> None:
+        """Brings the inputs to the slab, which is empty.
+
+        Raises:
+            SlabFull: It is too small.
+        """
+        super().load(requests, rows)
 
     def readable(self, index: int, array: Array) -> Array:
         """Always a copy."""
@@ -160,6 +170,8 @@ class Ring:
         self.device = device
         self.pool = SlabPool(device, limit_bytes)
         self.lost = ""  # why nothing runs any more; empty while it does
+        self.slot_kind: Callable[[Signature, int, Ring], CudaSlot] = CudaSlot
+        self.kernels: Kernels | None = None  # that its slots launch, if they do
         self._busy_wait = busy_wait
         self._turn = threading.Lock()
         self._events: list[int] = []
@@ -182,7 +194,7 @@ class Ring:
             OutOfDeviceMemory: They do not fit.
         """
         with attached(self.device):
-            return CudaSlot(signature, max_rows, self)
+            return self.slot_kind(signature, max_rows, self)
 
     def run(self, slot: CudaSlot, enqueue: Callable[[], Sequence[Array]], *, alone: bool = False) -> Sequence[Array]:
         """Copies in, has the model enqueue its work to the stream `compute`, copies out, and waits for that.
@@ -225,14 +237,14 @@ class Ring:
                 raise
         return outputs
 
-    def take_slab(self, size_bytes: int) -> Slab:
-        """Memory for a slot.
+    def take_slab(self, size_bytes: int, *, pinned: bool = True) -> Slab:
+        """Memory for a slot; see `SlabPool.take`.
 
         Raises:
             OutOfDeviceMemory: It does not fit.
         """
         with attached(self.device):
-            return self.pool.take(size_bytes)
+            return self.pool.take(size_bytes, pinned=pinned)
 
     def take_events(self) -> tuple[int, int, int]:
         """Events for a new slot. The thread is attached."""
@@ -244,7 +256,7 @@ class Ring:
 
     def take_back(self, slot: CudaSlot) -> None:
         """Keeps what a slot that ends had for the next one. On any thread, at any time, without calling the device."""
-        for slab in (slot.input_slab, slot.output_slab):
+        for slab in (slot.input_slab, slot.output_slab, *slot.rooms.values()):
             if slab is not None:
                 self.pool.give(slab)
         self._idle_events.append(slot.events)
@@ -264,6 +276,9 @@ class Ring:
             for event in self._events:
                 with _taken_as_it_comes("an event"):
                     self.device.close_event(event)
+            if self.kernels is not None:
+                with _taken_as_it_comes("kernels"):
+                    self.kernels.close()
             with _taken_as_it_comes("memory"):
                 self.pool.close()
 

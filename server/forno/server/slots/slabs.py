@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT_BYTES = 256
 _SMALLEST_SLAB_BYTES = 64 * 1024
+_NOWHERE = np.empty(0, np.uint8)
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +28,7 @@ class Slab:
     """Pinned memory and its twin on the device. Made by SlabPool; used by one slot at a time."""
 
     size_bytes: int
-    pinned: int  # address
+    pinned: int  # address; 0 = there is none, as the next two
     device: int  # address
     bytes: Array  # the pinned memory
     used_bytes: int = 0  # from its beginning, by what was placed last
@@ -75,8 +76,8 @@ class SlabPool:
         """Memory of all slabs, on each side."""
         return sum(slab.size_bytes for slab in self._all)
 
-    def take(self, size_bytes: int) -> Slab:
-        """A slab of at least that size.
+    def take(self, size_bytes: int, *, pinned: bool = True) -> Slab:
+        """A slab of at least that size, on the device alone where it is not to be pinned.
 
         Raises:
             OutOfDeviceMemory: It does not fit.
@@ -85,7 +86,7 @@ class SlabPool:
         with self._lock:
             while self._given:
                 self._idle.append(self._given.popleft())
-            fitting = [slab for slab in self._idle if slab.size_bytes == wanted]
+            fitting = [slab for slab in self._idle if slab.size_bytes == wanted and bool(slab.pinned) == pinned]
             if fitting:
                 self._idle.remove(fitting[0])
                 return fitting[0]
@@ -96,14 +97,7 @@ class SlabPool:
                     f"slots need {wanted} bytes more, and hold {self.held_bytes} "
                     f"of {self._limit_bytes} that cuda.slot_limit_bytes allows"
                 )
-            pinned = self._device.allocate_pinned(wanted)
-            try:
-                device = self._device.allocate(wanted)
-            except BaseException:
-                self._device.free_pinned(pinned)
-                raise
-            room = np.ctypeslib.as_array((ctypes.c_uint8 * wanted).from_address(pinned))
-            slab = Slab(wanted, pinned, device, room)
+            slab = self._new(wanted) if pinned else Slab(wanted, 0, self._device.allocate(wanted), _NOWHERE)
             self._all.append(slab)
             return slab
 
@@ -117,13 +111,24 @@ class SlabPool:
             self._given.clear()
             self._release(list(self._all))
 
+    def _new(self, size_bytes: int) -> Slab:
+        pinned = self._device.allocate_pinned(size_bytes)
+        try:
+            device = self._device.allocate(size_bytes)
+        except BaseException:
+            self._device.free_pinned(pinned)
+            raise
+        room = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(pinned))
+        return Slab(size_bytes, pinned, device, room)
+
     def _release(self, slabs: list[Slab]) -> None:
         failures: list[DeviceError] = []
         for slab in slabs:
             self._all.remove(slab)
             for free, pointer in ((self._device.free, slab.device), (self._device.free_pinned, slab.pinned)):
                 try:
-                    free(pointer)
+                    if pointer:
+                        free(pointer)
                 except DeviceError as error:  # the others may still go
                     failures.append(error)
         self._idle = [slab for slab in self._idle if slab in self._all]
