@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.e2e.forno_server import TRANSPORTS, FornoServer
+from tests.e2e.forno_server import FLEET, TRANSPORTS, FornoServer
 from tests.e2e.hosts import eventually
 
 from forno.client import Client, NotFound, RequestError
+from forno.server.security import keys
 from forno.v1 import predictor_pb2, predictor_pb2_grpc
 
 if TYPE_CHECKING:
@@ -188,3 +189,40 @@ def test_hangups_in_a_row_end_nothing_and_the_last_settings_win(tmp_path, transp
         eventually(lambda: width_now() == 5, 20)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0, server.output()
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, FLEET])
+def test_who_may_call_changes_while_callers_go_on(tmp_path, transport):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    stays = keys.add(first, "stays", ["predict"])
+    second.write_text(first.read_text())
+    goes, comes = keys.add(first, "goes", ["predict"]), keys.add(second, "comes", ["predict"])
+    models = {"echo": null()}
+
+    def status(credential: str) -> str:
+        with Client(server.target, credential=credential) as client:
+            try:
+                client.predict("echo", {"x": X})
+            except RequestError as error:
+                return error.code
+        return "OK"
+
+    path = write(tmp_path, models, security={"keys_file": str(first)})
+    with FornoServer(path, transport=transport) as server:
+        assert [status(key) for key in (stays, goes, comes)] == ["OK", "OK", "UNAUTHENTICATED"]
+        ended, seen = threading.Event(), []
+        caller = threading.Thread(target=lambda: [seen.append(status(stays)) for _ in iter(ended.is_set, True)])
+        caller.start()
+        limit = {"calls_per_s": 1000.0, "burst": 2000}
+        write(tmp_path, models, security={"keys_file": str(second), "rate_limit": limit, "anonymous": []})
+        said = reload(server)
+        eventually(lambda: [status(key) for key in (stays, goes, comes)] == ["OK", "UNAUTHENTICATED", "OK"], 20)
+        ended.set()
+        caller.join()
+        assert set(seen) == {"OK"}
+        assert "kept" not in said
+        write(tmp_path, models, security={"keys_file": str(tmp_path / "none.yaml")})
+        assert "not reloaded: security.keys_file is" in reload(server)
+        write(tmp_path, models)  # nobody would be asked any more
+        assert "until the server is started again: security" in reload(server)
+        assert [status(key) for key in (stays, goes, comes)] == ["OK", "UNAUTHENTICATED", "OK"]

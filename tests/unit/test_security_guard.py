@@ -12,7 +12,7 @@ from forno.server.security import access, keys, methods
 from forno.server.security import known as known_credentials
 from forno.server.security.access import Principal
 from forno.server.security.exposure import why_open
-from forno.server.security.guard import Guard, credential_of, make
+from forno.server.security.guard import Guard, credential_of, make, renew
 from forno.server.security.scopes import Scopes
 from forno.server.server import Server
 
@@ -283,3 +283,38 @@ def test_what_is_no_scope_is_refused(text):
 def test_a_missing_keys_file_says_how_to_make_it(tmp_path):
     with pytest.raises(ConfigError, match="forno keys add --file"):
         guard_of({"keys_file": str(tmp_path / "none.yaml")})
+
+
+def test_a_guard_that_becomes_another_asks_for_what_that_one_does_in_streams_too(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    stays = keys.add(first, "stays", ["predict", "metrics"])
+    second.write_text(first.read_text().replace(', "metrics"', ""))
+    goes = keys.add(first, "goes", ["predict"])
+    clock = Clock()
+    guard = guard_of({"keys_file": str(first)}, clock)
+    streams = [guard.admit("predict", shown(key), PEER) for key in (stays, goes)]
+    guard.admit("metrics", shown(stays), PEER)
+    limited = {"keys_file": str(second), "rate_limit": {"calls_per_s": 1.0, "burst": 2}}
+    guard.become(guard_of(limited, clock))
+    with pytest.raises(PermissionDenied):
+        guard.admit("metrics", shown(stays), PEER)
+    with pytest.raises(Unauthenticated):
+        streams[1].next_item()
+    streams[0].next_item()
+    with pytest.raises(RateLimited):
+        [guard.admit("predict", shown(stays), PEER) for _ in range(3)]
+    clock.us += 10 * SECOND_US
+    keys.add(second, "later", ["predict"])  # the new file is looked at from now on
+    assert guard.admit("predict", shown(stays), PEER).name.startswith("key ")
+
+
+def test_a_running_server_takes_over_no_settings_that_open_or_close_other_methods(file):
+    keys.add(file, "one", ["predict"])
+    closed = {"security": {"keys_file": str(file)}}
+    configs = [Config(), *(Config.model_validate({**closed, "telemetry": {"sample_ratio": x}}) for x in (0.0, 0.5))]
+    for before, after, renewed in ((0, 1, False), (1, 0, False), (1, 2, True)):
+        current = make(configs[before])
+        config, fresh, kept = renew(current, configs[before], configs[after], "127.0.0.1:1")
+        assert (bool(fresh), kept) == (renewed, () if renewed else ("security",))
+        assert config.security == configs[before].security
+        assert config.telemetry == configs[after].telemetry

@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66orno/v1/fleet.proto\x12\x08\x66orno.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe6\x01\n\x07Replica\x12\r\n\x05index\x18\x01 \x01(\x05\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.forno.v1.ReplicaState\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08restarts\x18\x05 \x01(\x05\x12\x0f\n\x07trouble\x18\x06 \x01(\t\x12\x0c\n\x04\x63pus\x18\x07 \x03(\x05\x12\x0c\n\x04gpus\x18\x08 \x01(\t\x12\x14\n\x0c\x61\x63tive_calls\x18\t \x01(\x05\x12\x13\n\x0btotal_calls\x18\n \x01(\x03\"\\\n\x0b\x46leetStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x17\n\x0freplicas_wanted\x18\x02 \x01(\x05\x12#\n\x08replicas\x18\x03 \x03(\x0b\x32\x11.forno.v1.Replica\"\x11\n\x0fGetFleetRequest\"%\n\x11ScaleFleetRequest\x12\x10\n\x08replicas\x18\x01 \x01(\x05\"\x15\n\x13RestartFleetRequest\"\x14\n\x12ReloadFleetRequest*~\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x32\x91\x02\n\x05\x46leet\x12<\n\x08GetFleet\x12\x19.forno.v1.GetFleetRequest\x1a\x15.forno.v1.FleetStatus\x12@\n\nScaleFleet\x12\x1b.forno.v1.ScaleFleetRequest\x1a\x15.forno.v1.FleetStatus\x12\x44\n\x0cRestartFleet\x12\x1d.forno.v1.RestartFleetRequest\x1a\x15.forno.v1.FleetStatus\x12\x42\n\x0bReloadFleet\x12\x1c.forno.v1.ReloadFleetRequest\x1a\x15.forno.v1.FleetStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66orno/v1/fleet.proto\x12\x08\x66orno.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe6\x01\n\x07Replica\x12\r\n\x05index\x18\x01 \x01(\x05\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.forno.v1.ReplicaState\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08restarts\x18\x05 \x01(\x05\x12\x0f\n\x07trouble\x18\x06 \x01(\t\x12\x0c\n\x04\x63pus\x18\x07 \x03(\x05\x12\x0c\n\x04gpus\x18\x08 \x01(\t\x12\x14\n\x0c\x61\x63tive_calls\x18\t \x01(\x05\x12\x13\n\x0btotal_calls\x18\n \x01(\x03\"s\n\x0b\x46leetStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x17\n\x0freplicas_wanted\x18\x02 \x01(\x05\x12#\n\x08replicas\x18\x03 \x03(\x0b\x32\x11.forno.v1.Replica\x12\x15\n\rkept_settings\x18\x04 \x03(\t\"\x11\n\x0fGetFleetRequest\"%\n\x11ScaleFleetRequest\x12\x10\n\x08replicas\x18\x01 \x01(\x05\"\x15\n\x13RestartFleetRequest\"\x14\n\x12ReloadFleetRequest*~\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x32\x91\x02\n\x05\x46leet\x12<\n\x08GetFleet\x12\x19.forno.v1.GetFleetRequest\x1a\x15.forno.v1.FleetStatus\x12@\n\nScaleFleet\x12\x1b.forno.v1.ScaleFleetRequest\x1a\x15.forno.v1.FleetStatus\x12\x44\n\x0cRestartFleet\x12\x1d.forno.v1.RestartFleetRequest\x1a\x15.forno.v1.FleetStatus\x12\x42\n\x0bReloadFleet\x12\x1c.forno.v1.ReloadFleetRequest\x1a\x15.forno.v1.FleetStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forno.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=497
-  _globals['_REPLICASTATE']._serialized_end=623
+  _globals['_REPLICASTATE']._serialized_start=520
+  _globals['_REPLICASTATE']._serialized_end=646
   _globals['_REPLICA']._serialized_start=68
   _globals['_REPLICA']._serialized_end=298
   _globals['_FLEETSTATUS']._serialized_start=300
-  _globals['_FLEETSTATUS']._serialized_end=392
-  _globals['_GETFLEETREQUEST']._serialized_start=394
-  _globals['_GETFLEETREQUEST']._serialized_end=411
-  _globals['_SCALEFLEETREQUEST']._serialized_start=413
-  _globals['_SCALEFLEETREQUEST']._serialized_end=450
-  _globals['_RESTARTFLEETREQUEST']._serialized_start=452
-  _globals['_RESTARTFLEETREQUEST']._serialized_end=473
-  _globals['_RELOADFLEETREQUEST']._serialized_start=475
-  _globals['_RELOADFLEETREQUEST']._serialized_end=495
-  _globals['_FLEET']._serialized_start=626
-  _globals['_FLEET']._serialized_end=899
+  _globals['_FLEETSTATUS']._serialized_end=415
+  _globals['_GETFLEETREQUEST']._serialized_start=417
+  _globals['_GETFLEETREQUEST']._serialized_end=434
+  _globals['_SCALEFLEETREQUEST']._serialized_start=436
+  _globals['_SCALEFLEETREQUEST']._serialized_end=473
+  _globals['_RESTARTFLEETREQUEST']._serialized_start=475
+  _globals['_RESTARTFLEETREQUEST']._serialized_end=496
+  _globals['_RELOADFLEETREQUEST']._serialized_start=498
+  _globals['_RELOADFLEETREQUEST']._serialized_end=518
+  _globals['_FLEET']._serialized_start=649
+  _globals['_FLEET']._serialized_end=922
 # @@protoc_insertion_point(module_scope)

@@ -46,14 +46,16 @@ class Replica(_message.Message):
     def __init__(self, index: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., pid: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., restarts: _Optional[int] = ..., trouble: _Optional[str] = ..., cpus: _Optional[_Iterable[int]] = ..., gpus: _Optional[str] = ..., active_calls: _Optional[int] = ..., total_calls: _Optional[int] = ...) -> None: ...
 
 class FleetStatus(_message.Message):
-    __slots__ = ("address", "replicas_wanted", "replicas")
+    __slots__ = ("address", "replicas_wanted", "replicas", "kept_settings")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_SETTINGS_FIELD_NUMBER: _ClassVar[int]
     address: str
     replicas_wanted: int
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
-    def __init__(self, address: _Optional[str] = ..., replicas_wanted: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+    kept_settings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, address: _Optional[str] = ..., replicas_wanted: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., kept_settings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetFleetRequest(_message.Message):
     __slots__ = ()

@@ -89,7 +89,8 @@ class FleetServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReloadFleet(self, request, context):
-        """Reads the settings again, and replaces the replicas by some that have them.
+        """Reads the settings again, and replaces the replicas by some that have them. What cannot change while the server runs
+        is kept, and named in the answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,9 @@ class FleetStub:
     RestartFleet: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RestartFleetRequest, _fleet_pb2.FleetStatus]
     """Replaces one replica after the other; each new one is ready before the old one leaves."""
     ReloadFleet: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ReloadFleetRequest, _fleet_pb2.FleetStatus]
-    """Reads the settings again, and replaces the replicas by some that have them."""
+    """Reads the settings again, and replaces the replicas by some that have them. What cannot change while the server runs
+    is kept, and named in the answer.
+    """
 
 @_typing.type_check_only
 class FleetAsyncStub(FleetStub):
@@ -62,7 +64,9 @@ class FleetAsyncStub(FleetStub):
     RestartFleet: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RestartFleetRequest, _fleet_pb2.FleetStatus]  # type: ignore[assignment]
     """Replaces one replica after the other; each new one is ready before the old one leaves."""
     ReloadFleet: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ReloadFleetRequest, _fleet_pb2.FleetStatus]  # type: ignore[assignment]
-    """Reads the settings again, and replaces the replicas by some that have them."""
+    """Reads the settings again, and replaces the replicas by some that have them. What cannot change while the server runs
+    is kept, and named in the answer.
+    """
 
 class FleetServicer(metaclass=_abc_1.ABCMeta):
     """Controls the replicas of one server, on a Unix socket that only the server's owner may open.
@@ -101,6 +105,8 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_pb2.ReloadFleetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.FleetStatus, _abc.Awaitable[_fleet_pb2.FleetStatus]]:
-        """Reads the settings again, and replaces the replicas by some that have them."""
+        """Reads the settings again, and replaces the replicas by some that have them. What cannot change while the server runs
+        is kept, and named in the answer.
+        """
 
 def add_FleetServicer_to_server(servicer: FleetServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -198,6 +198,7 @@ class Server:
             log.info("reading the settings again")
             try:
                 config, kept = fixed.keep(self._config, (found := await asyncio.to_thread(read))[0])
+                config, renewed, more = guard.renew(self.guard, self._config, config, self._address)
                 change = await self._catalog.change(config, found[1], self._adopt)
             except ConfigError as error:
                 for line in str(error).splitlines():
@@ -207,11 +208,13 @@ class Server:
                 log.exception("not reloaded")
                 return
             self._config = config
+            if self.guard and renewed:
+                self.guard.become(renewed)
             logs.configure(config.server.log_level, config.server.log_format)
             for model in change.gone:
                 self._health.forget(model.name)
             self._set_health(serving=True)
-            if kept:
+            if kept := [*kept, *more]:
                 log.warning("%s", fixed.told(kept))
             new, gone = (", ".join(map(str, models)) or "none" for models in change)
             log.info("reloaded; models loaded: %s; let go: %s", new, gone)

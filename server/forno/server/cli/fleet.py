@@ -82,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
             for line in str(error.details()).splitlines():
                 print(f"forno: {line}", file=sys.stderr)
             return _FAILED
+    if status.kept_settings:
+        from forno.server import fixed  # noqa: PLC0415  (only here)
+
+        print(f"forno: {fixed.told([*status.kept_settings])}", file=sys.stderr)
     print(*_lines(status, time.time()), sep="\n")
     return 0
 

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forno.server import fixed, logs
 from forno.server.errors import ConfigError
 from forno.server.fleet import edge as edges
 from forno.server.fleet.place import Place
 from forno.server.fleet.placement import Placement, place
 from forno.server.fleet.replica import Replica, ReplicaState
+from forno.server.security import guard as guards
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from forno.server.config import Config
     from forno.server.repository import ModelSpec
+    from forno.server.security.guard import Guard
     from forno.server.transport.envoy.supervisor import Envoy
 
 log = logging.getLogger("forno.fleet")
@@ -30,7 +33,6 @@ MOST = 256
 """Most replicas of one fleet."""
 _LOOK_S = 0.02
 _ADMITTED_LIMIT_S = 10.0
-_RELOADABLE = {"drain_s", "model_fields_set"}  # of `server`: the edge, which has the rest, stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Fleet:
         group: The process group of all that is started.
         read: Reads the settings again.
         on_change: Called whenever a replica begins or stops to take calls.
+        guard: Of the supervisor's own pages.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Fleet:
         group: int,
         read: Callable[[], Order],
         on_change: Callable[[], None],
+        guard: Guard | None,
     ) -> None:
         self.order = order
         self.address = address
@@ -77,6 +81,7 @@ class Fleet:
         self._group = group
         self._read = read
         self._on_change = on_change
+        self._guard = guard
         self._operation = asyncio.Lock()
         self._keeping: dict[Place, asyncio.Task[None]] = {}
         self._versions = itertools.count(1)
@@ -120,21 +125,33 @@ class Fleet:
             for one in list(self.places):
                 await one.replace()
 
-    async def reload(self) -> None:
+    async def reload(self) -> list[str]:
         """Reads the settings again, and replaces every replica by one that has them.
 
+        Returns:
+            The names of settings that were told and cannot change while the edge runs; it has the old ones.
+
         Raises:
-            ConfigError: They are wrong, cannot change while the edge runs, or a replica cannot serve with them; the old
-                ones stay.
+            ConfigError: They are wrong, or a replica cannot serve with them; the old ones stay.
         """
         async with self._operation:
-            order, before = await asyncio.to_thread(self._read), self.order
-            _check_fixed(before.config, order.config)
+            log.info("reading the settings again")
+            told, before = await asyncio.to_thread(self._read), self.order.config
+            config, kept = fixed.keep(before, told.config)
+            config, renewed, more = guards.renew(self._guard, before, config, self.address)
+            order = Order(config, told.specs)
             for one in list(self.places):
                 await one.replace(order)
                 self.order = order  # what one can serve, the others can
-            if order.config.fleet.replicas != before.config.fleet.replicas:
-                await self._scale(order.config.fleet.replicas)
+            if self._guard and renewed:
+                self._guard.become(renewed)
+            logs.configure(config.server.log_level, config.server.log_format)
+            if config.fleet.replicas != before.fleet.replicas:
+                await self._scale(config.fleet.replicas)
+            if kept := [*kept, *more]:
+                log.warning("%s", fixed.told(kept))
+            log.info("reloaded")
+            return kept
 
     async def end(self) -> None:
         """Lets every replica finish its calls, and ends it."""
@@ -257,20 +274,3 @@ def repin(pid: int, where: Placement) -> None:
         for task in Path(f"/proc/{pid}/task").glob("*"):
             with contextlib.suppress(OSError):  # that thread has ended
                 os.sched_setaffinity(int(task.name), where.cpus)
-
-
-def _check_fixed(before: Config, after: Config) -> None:
-    """Raises what must be told where a setting of the edge has changed."""
-    changed = [
-        f"server.{name}"
-        for name in sorted(vars(after.server))
-        if name not in _RELOADABLE and getattr(before.server, name) != getattr(after.server, name)
-    ]
-    if before.security != after.security:
-        changed.append("security")  # the files that it names are read again by themselves
-    if before.fleet.affinity_header != after.fleet.affinity_header:
-        changed.append("fleet.affinity_header")
-    if not after.fleet.replicas:
-        changed.append("fleet.replicas to 0")
-    if changed:
-        raise ConfigError(f"{', '.join(changed)} cannot change while the server runs; stop it and start it again")

@@ -92,6 +92,7 @@ class Supervisor:
     async def _main(self) -> int:
         self._stop, self._changed = asyncio.Event(), asyncio.Event()
         await self._opened()
+        admitting = guard.make(self._config, self._address, self._folder / RATES)
         self._fleet = Fleet(
             Order(self._config, self._specs),
             self._address,
@@ -100,6 +101,7 @@ class Supervisor:
             self._group,
             lambda: Order(*self._read()),
             self._changed.set,
+            admitting,
         )
         limit = self._config.server.max_message_bytes
         pages, whole = Pages(self._fleet), Health()
@@ -108,7 +110,7 @@ class Supervisor:
             Address(path=str(self._folder / edges.PAGES_SOCKET)),
             limit,
             lambda *_: None,
-            guard=guard.make(self._config, self._address, self._folder / RATES),
+            guard=admitting,
             behind_envoy=True,
         )
         add_pages(inner.grpc, pages, whole)
@@ -194,14 +196,11 @@ class Supervisor:
         self._stop.set()
 
     async def _reload(self) -> None:
-        log.info("reading the settings again")
         try:
             await self._fleet.reload()
         except ConfigError as error:
             for line in str(error).splitlines():
                 log.error("not reloaded: %s", line)  # noqa: TRY400  (a wrong setting, not a fault of ours)
-        else:
-            log.info("reloaded")
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

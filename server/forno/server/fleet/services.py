@@ -194,20 +194,22 @@ class Control(fleet_pb2_grpc.FleetServicer):
         """Replaces them by some with new settings."""
         return await self._do(self._fleet.reload(), context)
 
-    async def _do(self, change: Awaitable[None], context: Context) -> fleet_pb2.FleetStatus:
+    async def _do(self, change: Awaitable[list[str] | None], context: Context) -> fleet_pb2.FleetStatus:
         # A caller that goes away does not leave a change half done.
         doing = asyncio.ensure_future(change)
         try:
-            await asyncio.shield(doing)
+            kept = await asyncio.shield(doing)
         except ConfigError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except asyncio.CancelledError:
             doing.add_done_callback(_log_failure)
             raise
-        return await self.GetFleet(fleet_pb2.GetFleetRequest(), context)
+        status = await self.GetFleet(fleet_pb2.GetFleetRequest(), context)
+        status.kept_settings.extend(kept or ())
+        return status
 
 
-def _log_failure(done: asyncio.Future[None]) -> None:
+def _log_failure(done: asyncio.Future[Any]) -> None:
     if not done.cancelled() and (error := done.exception()):
         log.error("a change that nobody waits for has failed: %s", error)
 

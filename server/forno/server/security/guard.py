@@ -38,6 +38,9 @@ EDGE_KEYS = CALLERS_KEYS | {FORWARDED_CERTIFICATE, PEER, DOOR}
 """Those and the ones by which our own Envoy says who they are, after it has removed what callers sent of them.
 CERTIFICATE is no metadata key: a transport that sees certificates itself gives it, in PEM, beside the metadata."""
 
+_OWN = ("_epoch", "_known", "_rates", "_supervisor")
+"""What a guard keeps when it becomes another: whom it knows and what it counts."""
+
 ADMIN = "admin"
 """The value of DOOR for what came in at `security.admin_address`."""
 
@@ -144,6 +147,12 @@ class Guard:
         """Lets in whatever does not say for whom it comes: at a replica, all but the edge is the supervisor itself."""
         self._supervisor = Principal("supervisor", Scopes(("*",)), self._clock_us, self._epoch)
 
+    def become(self, other: Guard) -> None:
+        """Asks from now on for what another guard does; streams that go on ask anew at their next item."""
+        kept = {name: vars(self)[name] for name in _OWN}
+        vars(self).update({**vars(other), **kept})
+        self._forget(self._clock_us())
+
     def admission(self, path: str) -> str | None:
         """What a method needs, for `admit`; None where everyone may call it, so that its calls need no look."""
         need = methods.need(path)
@@ -197,10 +206,14 @@ class Guard:
         self._epoch.look_at_us = now_us + LOOK_US
         changed = [watched.refresh() for watched in (self._keys, self._tokens) if watched is not None]
         if any(changed):
-            self._known.clear()
-            self._epoch.over = True  # streams that go on ask anew at their next item
-            self._epoch = Epoch(self._look, now_us + LOOK_US)
+            self._forget(now_us)
         return any(changed)
+
+    def _forget(self, now_us: int) -> None:
+        """Asks every caller anew, whom it knows or not."""
+        self._known.clear()
+        self._epoch.over = True  # streams that go on ask anew at their next item
+        self._epoch = Epoch(self._look, now_us + LOOK_US)
 
     def _identify(self, credential: str, peer: str, now_us: int) -> Principal:
         self._known.forget(credential)
@@ -315,6 +328,34 @@ def make(config: Config, public: str = "", rates: Path | None = None) -> Guard |
     guard = Guard(config.security, loopback=loopback, rates=Table(rates) if rates else None)
     paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
     return guard if any(guard.admission(path) for path in paths) else None
+
+
+def renew(
+    current: Guard | None, before: Config, after: Config, public: str
+) -> tuple[Config, Guard | None, tuple[str, ...]]:
+    """A guard for new settings of a running server, which `current` can become.
+
+    Args:
+        current: The guard that it has.
+        before: The settings that it has.
+        after: Those that it shall have.
+        public: Where callers reach it.
+
+    Returns:
+        The settings, the guard, and the names of settings that were kept: where other methods would begin or cease to
+        ask their callers, which transports know from the start, security stays as it is, and there is no guard.
+
+    Raises:
+        ConfigError: A file cannot be read, or a scope is none.
+    """
+    fresh = make(after, public)
+    if _asked(fresh) == _asked(current):
+        return after, fresh, ()
+    return after.model_copy(update={"security": before.security}), None, ("security",)
+
+
+def _asked(guard: Guard | None) -> list[str | None]:
+    return [guard.admission(path) if guard else None for path in ("", *methods.NEEDS)]
 
 
 @contextlib.contextmanager
