@@ -6,6 +6,7 @@ They ask for a `device`, which is opened anew for each test, and closed after it
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,10 @@ def test_streams_wait_for_events(device: Device, rooms: Rooms) -> None:
         device.synchronize(rooms.events[2])
         np.testing.assert_array_equal(read[:256], np.arange(256) + batch)
     kernels.close()
+
+
+def test_its_place_on_the_bus_is_told_where_it_has_one(device: Device) -> None:
+    assert re.fullmatch("" if device.name == "cpu" else r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9]", device.bus_id)
 
 
 def test_an_event_that_was_never_recorded_is_done(device: Device, rooms: Rooms) -> None:

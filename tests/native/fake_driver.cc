@@ -81,6 +81,9 @@ CALL cuDeviceGet(int* device, int ordinal) { return *device = 0, ordinal == 0 ? 
 CALL cuDeviceGetAttribute(int* value, int attribute, int) {
   return *value = attribute == 75 ? 9 : 0, attribute == 75 || attribute == 76 ? kSuccess : kInvalidValue;
 }
+CALL cuDeviceGetPCIBusId(char* out, int size, int) {
+  return std::strncpy(out, "0000:65:00.0", size), size > 12 ? kSuccess : kInvalidValue;
+}
 CALL cuDeviceComputeCapability(int* major, int* minor, int) { return *major = 9, *minor = 0, kSuccess; }
 CALL cuDevicePrimaryCtxRetain(void** out, int) { return *out = &context, ++state.retained, kSuccess; }
 CALL cuDevicePrimaryCtxRelease_v2(int) { return --state.retained < 0 ? kInvalidContext : kSuccess; }

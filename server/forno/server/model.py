@@ -7,7 +7,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -60,6 +60,13 @@ class ModelState(Enum):
     """It could not be loaded, or its device is lost; `error` says why."""
 
 
+class Gpu(NamedTuple):
+    """Which one."""
+
+    name: str  # as settings call it, with its number: cuda:0
+    bus_id: str  # as the driver calls it
+
+
 @dataclass(frozen=True, slots=True)
 class ModelStatistics:
     """A glance at a model."""
@@ -108,6 +115,7 @@ class Model:
         self.signature = Signature((), (), batched=False)
         self.max_rows = 1
         self.processing = Processing(None, None)  # what is done around its runs
+        self.gpu = Gpu("", "")  # where it runs; empty names where that is no GPU
         self.example_shapes: tuple[tuple[int, ...], ...] = ()  # of inputs that passed the first runs; empty if none did
         self.on_failed: Callable[[], None] = lambda: None
         """Called when it fails after it was ready; `error` says why."""
@@ -224,6 +232,9 @@ class Model:
         self.engine_name = engine_name(self.path, self.settings)
         engine = open_engine(self.path, self.settings)
         try:
+            ring = getattr(engine, "ring", None)
+            if ring is not None:
+                self.gpu = Gpu(f"{ring.device.name}:{ring.device.ordinal}", ring.device.bus_id)
             warm = self._prove(engine)
             self.max_rows = self._most_rows(warm)
             settings = self.settings

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
+from forno.kernels.nvml import Nvml
 from forno.server import banner, fixed, logs
 from forno.server.cache import CachedModel
 from forno.server.catalog import Catalog
@@ -93,6 +94,7 @@ class Server:
         self.guard = guard.make(config, address, rates)
         """Admits the transport's calls; None where all may come in."""
         self._health = HealthServicer(self.registry)
+        self._nvml = Nvml()
         self._stop = asyncio.Event()
         self._telemetry: Telemetry | None = None
         self._changing = asyncio.Lock()
@@ -144,6 +146,7 @@ class Server:
             await host.stop(self._config.server.drain_s)
             for model in self.registry.models():
                 await model.close(0.0)
+            self._nvml.close()
             if telemetry and export:
                 export.cancel()
                 await telemetry.close(2.0)
@@ -254,3 +257,9 @@ class Server:
                 yield "forno_cache_bytes", labels, model.cache.kept_bytes
                 yield "forno_cache_entries", labels, len(model.cache)
             yield "forno_model_state", {**labels, "state": model.state.name.lower()}, 1.0
+        for gpu in sorted({model.gpu for model in self.registry.models() if model.gpu.bus_id}):
+            reading = self._nvml.read(gpu.bus_id)
+            if reading is not None:
+                yield "forno_gpu_memory_used_bytes", {"gpu": gpu.name}, reading.used_bytes
+                yield "forno_gpu_memory_total_bytes", {"gpu": gpu.name}, reading.total_bytes
+                yield "forno_gpu_busy_ratio", {"gpu": gpu.name}, reading.busy

@@ -41,6 +41,7 @@ class Device(Protocol):
     name: str  # of the adapter, one of NAMES
     ordinal: int  # which of the devices
     architecture: str  # what kernels are built for: "cpu", "sm_90"
+    bus_id: str  # its place on the PCI bus, such as "0000:65:00.0"; empty where it has none
     has_graphs: bool  # whether `begin_capture` and what follows work
 
     def attach(self) -> None:

@@ -88,6 +88,7 @@ class CpuDevice:
 
     name = "cpu"
     architecture = "cpu"
+    bus_id = ""
     has_graphs = True
 
     def __init__(

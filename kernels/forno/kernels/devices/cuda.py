@@ -31,6 +31,7 @@ _MINOR = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 _NON_BLOCKING = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
 _EVENT_FLAGS = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
 _EVENT_BLOCKS = driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC
+_BUS_ID_BYTES = 16
 _THREAD_LOCAL = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
@@ -55,6 +56,7 @@ class CudaDevice:
         major = _call("cuDeviceGetAttribute", _MAJOR, self._device)
         minor = _call("cuDeviceGetAttribute", _MINOR, self._device)
         self.architecture = f"sm_{major}{minor}"
+        self.bus_id = _call("cuDeviceGetPCIBusId", _BUS_ID_BYTES, self._device).split(b"\0")[0].decode().lower()
 
     def attach(self) -> None:
         """Makes the device usable from the calling thread."""

@@ -53,6 +53,7 @@ class PycudaDevice:
         device = driver.Device(ordinal)
         self._context: Any = device.retain_primary_context()
         self.architecture = "sm_{}{}".format(*device.compute_capability())
+        self.bus_id = str(device.pci_bus_id()).lower()
         self._allocations: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}

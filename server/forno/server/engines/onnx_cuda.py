@@ -146,6 +146,9 @@ class OnnxCudaEngine:
         with attached(self._device):
             free_bytes, total_bytes = self._device.memory_bytes()
         model_bytes = weights_bytes(self._path)
+        limit_bytes = self._settings.memory_limit_bytes
+        if 0 < limit_bytes < model_bytes:
+            raise ConfigError(f"{self._path} has {model_bytes} bytes, but cuda.memory_limit_bytes allows {limit_bytes}")
         if model_bytes > free_bytes:
             raise ConfigError(
                 f"{self._path} has {model_bytes} bytes, but of the {total_bytes} bytes of device "

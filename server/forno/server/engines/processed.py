@@ -11,7 +11,7 @@ from forno.kernels import host
 from forno.kernels.build import BuildFailed
 from forno.kernels.devices import DeviceError
 from forno.server.errors import ConfigError
-from forno.server.slots.processed import HostProcessedSlot, process
+from forno.server.slots.processed import DeviceProcessedSlot, HostProcessedSlot, process
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ProcessedEngine:
-    """See `Engine`. Takes images and gives the best classes; where the engine is on a GPU, that is done there.
+    """See `Engine`. Takes images and gives the best classes; where the engine's slots are a ring's, on its device.
 
     Args:
         engine: What runs; closed with this.
@@ -40,23 +40,24 @@ class ProcessedEngine:
         self._engine = engine
         self._processing = processing
         ring = getattr(engine, "ring", None)
-        self._on_device = ring is not None
         if ring is not None:
             try:
                 process(ring, processing)
             except (DeviceError, BuildFailed) as error:
                 raise ConfigError(f"its kernels cannot be had: {error}") from error
-        elif processing.image is not None and not host.HAS_IMAGES:
-            raise ConfigError("preprocess needs Pillow: pip install 'forno[images]'")
 
     def new_slot(self, max_rows: int) -> Any:
         """Buffers for one batch of up to `max_rows` rows."""
         slot = self._engine.new_slot(max_rows)
-        return slot if self._on_device else HostProcessedSlot(slot, self._processing, max_rows)
+        if isinstance(slot, DeviceProcessedSlot):
+            return slot
+        if self._processing.image is not None and not host.HAS_IMAGES:
+            raise ConfigError("preprocess needs Pillow on the CPU: pip install 'forno[images]'")
+        return HostProcessedSlot(slot, self._processing, max_rows)
 
     def run(self, slot: Any, rows: int) -> Sequence[Array]:
         """Runs what the slot holds."""
-        if self._on_device:
+        if isinstance(slot, DeviceProcessedSlot):
             return self._engine.run(slot, rows)
         outputs = self._engine.run(slot.inner, rows)
         ranking = self._processing.ranking
