@@ -121,7 +121,9 @@ def forno(transport: str, engine: str = "onnx") -> Start:
         python = os.environ.get("FORNO_PYTHON") or str(ROOT / ".venv" / "bin" / "python")
         argv = [python, "-m", "forno.server", "serve", str(config)]
         argv += ["--address", f"127.0.0.1:{port}", "--transport", transport]
-        return argv, {"PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
+        # Like the other servers, which are installed, this one may keep its bytecode.
+        path = os.pathsep.join(str(ROOT / source) for source in SOURCES)
+        return argv, {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
 
     return start
 

@@ -176,12 +176,16 @@ def _json_body(row: Array) -> bytes:
     return json.dumps({"instances": [[round(float(value), 6) for value in one.ravel()] for one in row]}).encode()
 
 
-def environment() -> dict[str, str]:
-    """The environment of every server: this checkout's sources before whatever is installed."""
-    folders = [str(ROOT / source) for source in SOURCES]
+def environment(root: Path = ROOT) -> dict[str, str]:
+    """The environment of every server: the sources of a checkout, this one if not said, before whatever is installed.
+
+    What is installed has been compiled. So that these are as well, after a first start, Python may keep its bytecode.
+    """
+    folders = [str(root / source) for source in SOURCES]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONDONTWRITEBYTECODE": "",
     }
 
 

@@ -255,6 +255,17 @@ def test_an_image_runs_without_root_and_starts_the_server(name):
     assert [source for source in sources if not (check_deploy.ROOT / source).exists()] == []
 
 
+def test_the_library_of_python_is_compiled_into_the_image(tmp_path):
+    for module in ("json", "idlelib"):
+        (tmp_path / "lib" / module).mkdir(parents=True)
+        (tmp_path / "lib" / module / "__init__.py").touch()
+    final = (DEPLOY / "Dockerfile").read_text().rpartition("\nFROM ")[2].replace("\\\n", "")
+    [command] = re.findall(r"^RUN (python -m compileall .*)\"\$\(python .*\)\"$", final, re.MULTILINE)
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(["sh", "-c", f"{command} {shlex.quote(str(tmp_path / 'lib'))}"], check=True)
+    assert [path.parent.parent.name for path in tmp_path.rglob("*.pyc")] == ["json"]
+
+
 def allowed(name: str) -> bool:
     """Whether .dockerignore lets a file into the build; of its rules, those that this repository uses."""
     chosen = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,5 +34,7 @@ def die_with_parent(number: Signals) -> Callable[[], object] | None:
     """
     if sys.platform != "linux":
         return None
+    import ctypes  # noqa: PLC0415  (a single server inside Envoy needs none of it)
+
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(_PR_SET_PDEATHSIG, number)

@@ -15,7 +15,7 @@ from forno.server.fleet import exposition
 from forno.server.fleet.fleet import MOST
 from forno.server.fleet.replica import ReplicaState
 from forno.server.metrics import CONTENT_TYPE
-from forno.server.security.guard import EDGE_KEYS
+from forno.server.security.headers import EDGE_KEYS
 from forno.server.servicers.health import HealthServicer
 from forno.v1 import fleet_pb2, fleet_pb2_grpc, rest_pb2, rest_pb2_grpc
 

@@ -13,6 +13,17 @@ from forno.server.errors import ConfigError, Unauthenticated
 from forno.server.security import methods
 from forno.server.security.access import KEY_PREFIX, NEVER_US, Epoch, Principal
 from forno.server.security.exposure import is_loopback
+from forno.server.security.headers import (
+    ADMIN,
+    API_KEY,
+    AUTHORIZATION,
+    CALLERS_KEYS,
+    CERTIFICATE,
+    DOOR,
+    EDGE_KEYS,
+    FORWARDED_CERTIFICATE,
+    PEER,
+)
 from forno.server.security.known import Known
 from forno.server.security.rates import Bucket, Table, address_of
 from forno.server.security.scopes import Scopes
@@ -29,20 +40,8 @@ LOOK_US = 1_000_000
 
 _FAILURES_PER_S, _FAILURES_BURST = 100.0, 1000  # wrong credentials of one address, checked before any signature is
 
-AUTHORIZATION, API_KEY, FORWARDED_CERTIFICATE = "authorization", "x-api-key", "x-forwarded-client-cert"
-CERTIFICATE, PEER, DOOR = "certificate", "x-forno-peer", "x-forno-door"
-CALLERS_KEYS = frozenset((AUTHORIZATION, API_KEY))
-"""Metadata keys by which callers say who they are."""
-
-EDGE_KEYS = CALLERS_KEYS | {FORWARDED_CERTIFICATE, PEER, DOOR}
-"""Those and the ones by which our own Envoy says who they are, after it has removed what callers sent of them.
-CERTIFICATE is no metadata key: a transport that sees certificates itself gives it, in PEM, beside the metadata."""
-
 _OWN = ("_epoch", "_known", "_rates", "_supervisor")
 """What a guard keeps when it becomes another: whom it knows and what it counts."""
-
-ADMIN = "admin"
-"""The value of DOOR for what came in at `security.admin_address`."""
 
 
 def credential_of(metadata: Iterable[tuple[str, str | bytes]], *, trusted: bool, extra: str = "") -> str:

@@ -13,7 +13,8 @@ import grpc
 from forno.server.address import Address
 from forno.server.errors import ConfigError, FornoError
 from forno.server.security import access
-from forno.server.security.guard import ADMIN, CERTIFICATE, DOOR, credential_of
+from forno.server.security.guard import credential_of
+from forno.server.security.headers import ADMIN, CERTIFICATE, DOOR
 from forno.server.servicers import status
 from forno.server.transport import credentials
 

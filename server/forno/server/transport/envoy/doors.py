@@ -6,8 +6,7 @@ import json
 import threading
 from typing import TYPE_CHECKING, Any
 
-from forno.server.security import tls
-from forno.server.security.guard import ADMIN, DOOR, PEER
+from forno.server.security.headers import ADMIN, DOOR, PEER
 from forno.server.transport.envoy.ends import TYPES
 
 if TYPE_CHECKING:
@@ -38,8 +37,10 @@ class Secrets:
     """
 
     def __init__(self, settings: TlsSettings, folder: Path) -> None:
+        from forno.server.security import tls  # noqa: PLC0415  (OpenSSL: 2 MiB that a server without needs not)
+
         self._folder = folder
-        self._watched = tls.watch(settings)
+        self._watched, self._look_s = tls.watch(settings), tls.LOOK_S
         self._ended = threading.Event()
         self._write()
 
@@ -52,7 +53,7 @@ class Secrets:
         self._ended.set()
 
     def _look(self) -> None:
-        while not self._ended.wait(tls.LOOK_S):
+        while not self._ended.wait(self._look_s):
             if self._watched.refresh():
                 self._write()
 
