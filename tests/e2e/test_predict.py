@@ -67,6 +67,13 @@ def test_typed_values_need_neither_type_nor_shape(server):
     assert output(stub(server).Predict(typed, timeout=10)).tolist() == [[12, 14, 16], [18, 20, 22]]
 
 
+def test_an_unknown_input_is_told_with_those_there_are(server):
+    misspelt = add()
+    misspelt.inputs.add(name="aa").floats.values.extend([1, 2, 3])  # neither type nor shape, as by hand
+    code, details, _ = refused(stub(server).Predict, misspelt)
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "input 'aa' is unknown; this model takes 'a', 'b'")
+
+
 def test_outputs_are_filtered_in_the_order_asked_for(server):
     pixels = np.zeros((1, 8, 8), np.float32)
     response = stub(server).Predict(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import os
 
 import grpc
 import numpy as np
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from google.protobuf import json_format
 from tests.unit.calls import Aborted, CallContext, loaded, registry_of, spam_model, sums_model
 
 from forno.server.config import Config, EndpointSettings, ModelSettings
-from forno.server.endpoints import build
+from forno.server.endpoints import build, json_body, json_inputs, json_outputs
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.servicers.rest import RestServicer
-from forno.v1 import rest_pb2
+from forno.v1 import predictor_pb2, rest_pb2
 
 CODE = grpc.StatusCode
 
@@ -95,6 +98,43 @@ class TestPredict:
         outputs = [{"name": "y", "data_type": "float32", "shape": [1, 3], "data": [[1, 2, 3]]}]
         assert answer == {"model": "echo", "version": "1", "request_id": "r", "outputs": outputs}
 
+    @pytest.mark.parametrize(
+        ("model", "tensor"),
+        [
+            ("echo", {"name": "x", "floats": {"values": [1, 2, 3]}}),
+            ("echo", {"name": "x", "data_type": "DATA_TYPE_FLOAT32", "shape": [1, 3], "floats": {"values": [1, 2, 3]}}),
+            ("echo", {"name": "x", "data_type": "DATA_TYPE_FLOAT32", "data": [1, 2, 3]}),
+            ("spam", {"name": "text", "strings": {"values": ["buy"]}}),
+            ("spam", {"name": "text", "shape": [1], "blobs": {"values": ["YnV5"]}}),
+        ],
+        ids=str,
+    )
+    async def test_tensors_as_the_grpc_message_has_them(self, rest, model, tensor):
+        body = {"model": model, "inputs": [tensor]}
+        message = json_format.ParseDict(body, predictor_pb2.PredictRequest()) if "data" not in tensor else None
+        assert message is None or message.inputs[0].WhichOneof("contents") in tensor
+        [first, *_] = (await rest.predict(body))["outputs"]
+        assert np.allclose(first["data"], [[1, 2, 3]] if model == "echo" else [[0.03, 0.97]])
+
+    @pytest.mark.parametrize(
+        ("tensor", "words"),
+        [
+            ({"doubles": {"values": [1, 2, 3]}}, ["`floats`", "float32"]),
+            ({"floats": [1, 2, 3]}, ["a list", '{"values": [...]}']),
+            ({"floats": {"value": [1, 2, 3]}}, ["an object", '{"values": [...]}']),
+            ({"floats": {"values": [1, 2, "a"]}}, ["floats[2]"]),
+            ({"floats": {"values": [1, 2, 3]}, "data": [1, 2, 3]}, ["exactly one"]),
+            ({"float": {"values": [1, 2, 3]}}, ["did you mean `floats`"]),
+            ({"data_type": "DATA_TYPE_FLOAT64", "data": [1, 2, 3]}, ["DATA_TYPE_FLOAT64", "float32[?, 3]"]),
+        ],
+        ids=str,
+    )
+    async def test_tensors_that_the_grpc_message_would_not_have(self, rest, tensor, words):
+        code, message = await rest.predict({"model": "echo", "inputs": [{"name": "x", **tensor}]})
+        assert code is CODE.INVALID_ARGUMENT
+        for word in words:
+            assert word in message
+
     async def test_raw_bytes_of_the_only_input(self, rest):
         data = np.arange(6, dtype=np.float32).tobytes()
         answer = await rest.predict(data, "application/octet-stream", model="echo")
@@ -136,6 +176,7 @@ class TestPredict:
             ),
             ({"instances": [[1]], "input": 1}, {"model": "echo"}, CODE.INVALID_ARGUMENT, ["`inputs`"]),
             (b"{", {"model": "echo"}, CODE.INVALID_ARGUMENT, ["not JSON", "byte"]),
+            (gzip.compress(b"{}"), {"model": "echo"}, CODE.INVALID_ARGUMENT, ["gzip"]),
         ],
         ids=str,
     )
@@ -144,6 +185,28 @@ class TestPredict:
         assert seen is code, message
         for word in words:
             assert word in message
+
+    async def test_a_long_call_lets_others_in_between_its_steps(self, monkeypatch):
+        """Others come as bytes do, while a step holds the loop."""
+        rest, steps = Rest(await loaded("wide", shape=(-1, 40_000))), []
+        read, write = os.pipe()
+
+        def noted(step, function):
+            def noting(*args, **more):
+                steps.append(step)
+                os.write(write, b"x")
+                return function(*args, **more)
+
+            return noting
+
+        asyncio.get_running_loop().add_reader(read, lambda: (os.read(read, 1), steps.append("others")))
+        for module, step in ((json_body, "parse"), (json_inputs, "tensors_of"), (json_outputs, "document")):
+            monkeypatch.setattr(module, step, noted(step, getattr(module, step)))
+        assert "predictions" in await rest.predict({"instances": [["NaN"] + [0.25] * 39_999] * 2}, model="wide")
+        assert steps[:5] == ["parse", "others", "tensors_of", "others", "document"]
+        asyncio.get_running_loop().remove_reader(read)
+        os.close(read)
+        os.close(write)
 
     async def test_another_content_type_says_which_are_read(self, rest):
         code, message = await rest.predict(b"<x/>", "application/xml", model="echo")

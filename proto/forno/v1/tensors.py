@@ -107,6 +107,11 @@ def name_of(dtype: np.dtype[Any]) -> str:
     return _BY_NUMBER[number_of(dtype)].name
 
 
+def typed_form(dtype: np.dtype[Any]) -> str:
+    """The field of `Tensor` that holds typed elements of a NumPy dtype, such as "floats"."""
+    return _BY_NUMBER[number_of(dtype)].typed
+
+
 def encode(name: str, array: Array) -> pb.Tensor:
     """A tensor message with raw data: one copy of the elements."""
     number = number_of(array.dtype)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
 _MANY_BYTES = 65536
+_GZIP = b"\x1f\x8b"
 _BARE = (b"NaN", b"Infinity", b"-Infinity")
 
 
@@ -77,6 +78,8 @@ def _load(body: bytes) -> Any:
 def _not_json(body: bytes, error: json.JSONDecodeError) -> InvalidArgument:
     if not body.strip():
         return InvalidArgument("the body is empty, expected JSON")
+    if body.startswith(_GZIP):
+        return InvalidArgument("the body is compressed with gzip, which is not read here: send it as it is")
     at = len(error.doc[: error.pos].encode(errors="surrogatepass"))
     for start in (at - 1, at):
         for word in _BARE:

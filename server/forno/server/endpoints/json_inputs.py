@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
     Specs = Mapping[str, TensorSpec]
 
-_ITEM = ("name", "data_type", "shape", "data", "b64")
+_TYPED = ("floats", "doubles", "ints", "uints", "bools", "strings", "blobs")  # of the gRPC message
+_ITEM = ("name", "data_type", "shape", "data", "b64", *_TYPED)
 _MAX_DIMENSION = 2**31 - 1
 
 
@@ -151,16 +152,18 @@ def _from_native(body: Body, specs: Specs) -> dict[str, Array]:
 def _native_array(body: Body, item: Mapping[str, Any], spec: TensorSpec, where: str) -> Array:
     wanted = tensors.name_of(spec.dtype)
     given = item.get("data_type", wanted)
-    if given != wanted:
+    if given not in (wanted, f"DATA_TYPE_{wanted.upper()}"):
         raise wrong(f"{where}.data_type", f"is {show(given)}, but input '{spec.name}' is {spec}")
-    if ("data" in item) == ("b64" in item):
-        raise wrong(where, "needs exactly one of `data` and `b64`")
+    forms = [key for key in item if key in ("data", "b64", *_TYPED)]
+    if len(forms) != 1:
+        raise wrong(where, "needs exactly one of `data` and `b64`, or one typed form such as `floats`")
     shape = _dims(item["shape"], f"{where}.shape") if "shape" in item else None
     if "b64" in item:
         place = Place(spec.name, f"{where}.b64")
         return from_bytes(from_base64(item["b64"], place), spec, place, shape)
-    place = Place(spec.name, f"{where}.data")
-    array = _array(body, item["data"], spec, place)
+    place = Place(spec.name, f"{where}.{forms[0]}")
+    value = item["data"] if forms[0] == "data" else _typed_values(body, item[forms[0]], forms[0], spec, place)
+    array = _array(body, value, spec, place)
     if shape is None:
         if array.ndim != 1 or len(spec.shape) == 1:
             return array
@@ -173,6 +176,19 @@ def _native_array(body: Body, item: Mapping[str, Any], spec: TensorSpec, where: 
     if array.size != prod(shape):
         raise place.wrong(f"has {array.size} values, but shape {list(shape)} needs {prod(shape)}")
     return array.reshape(shape)
+
+
+def _typed_values(body: Body, form: Any, name: str, spec: TensorSpec, place: Place) -> Any:
+    """What `data` would hold instead of a typed form of the gRPC message."""
+    typed = tensors.typed_form(spec.dtype)
+    if name != typed and (name, typed) != ("blobs", "strings"):
+        raise place.wrong(f"is given, but {tensors.name_of(spec.dtype)} elements go into `{typed}`")
+    values = form["values"] if type(form) is dict and form.keys() == {"values"} else None
+    if name == "blobs" and type(values) is list:
+        return [{"b64": value} for value in values]
+    if type(values) is not list and not body.is_run(values):
+        raise place.wrong(f'is {show(form)}, expected {{"values": [...]}}')
+    return values
 
 
 def _array(body: Body, value: Any, spec: TensorSpec, place: Place) -> Array:

@@ -200,10 +200,10 @@ def _whole(leaf: object, dtype: np.dtype[Any], place: Place, index: Sequence[int
 
 def _floats(leaves: list[Any], kinds: set[type], dtype: np.dtype[Any], shape: tuple[int, ...], place: Place) -> Array:
     if not kinds <= {float, int}:
-        leaves = [
-            leaf if type(leaf) in (float, int) else _not_finite(leaf, dtype, place, _index(number, shape))
-            for number, leaf in enumerate(leaves)
-        ]
+        leaves = leaves.copy()
+        for number, kind in enumerate(map(type, leaves)):  # most are numbers, and a comprehension would touch each
+            if kind is not float and kind is not int:
+                leaves[number] = _not_finite(leaves[number], dtype, place, _index(number, shape))
     array = doubles_to(np.array(leaves, np.float64), dtype)
     if not np.isfinite(array).all():
         for number in np.flatnonzero(~np.isfinite(array)).tolist():

@@ -208,7 +208,7 @@ def _writer(body: Body, arrays: Any, model: Model) -> Write:
         if not output.ndim or (by_rows and output.shape[0] != rows) or not output.flags.c_contiguous:
             return write(answer)
         text = orjson.dumps(output, option=orjson.OPT_SERIALIZE_NUMPY)
-        if b"null" in text:  # what is not finite has words of its own
+        if b"n" in text:  # of "null": what is not finite has words of its own
             return write(answer)
         return head, text, tail
 

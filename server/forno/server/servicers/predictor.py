@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from google.protobuf import json_format
 
 from forno.server.clock import clock_us
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     import grpc
-    import numpy as np
 
     from forno.server.endpoints.endpoint import Endpoint
     from forno.server.model import Model
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_REQUEST_ID_LENGTH = 128
 MAX_PRIORITY = 100
+_UNKNOWN: Array = np.empty(0)
 MAX_STREAM_IN_FLIGHT = 256
 """Requests of one stream that may be on their way; the stream is not read further until one is answered."""
 
@@ -233,7 +234,7 @@ def read_request(registry: Registry, request: predictor_pb2.PredictRequest) -> A
 
 
 def decode_inputs(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Array]:
-    """The arrays of a request's tensors by name.
+    """The arrays of a request's tensors by name; those of unknown names, which the signature refuses, unread.
 
     Raises:
         InvalidArgument: A tensor contradicts itself or comes twice.
@@ -243,7 +244,7 @@ def decode_inputs(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Array]:
         name = tensor.name
         spec = specs.get(name)
         try:
-            array = tensors.decode(tensor, spec.dtype, spec.shape) if spec else tensors.decode(tensor)
+            array = tensors.decode(tensor, spec.dtype, spec.shape) if spec else _UNKNOWN
         except ValueError as error:
             raise InvalidArgument(f"input '{name}': {error}", f"inputs[{index}]") from None
         if name in arrays:

@@ -39,6 +39,7 @@ _SELECTORS = ("model", "version", "label")
 TIMEOUT_HEADER = "x-request-timeout-ms"
 """Header in which a REST caller says how long it waits; `grpc-timeout` is understood as well."""
 _MAX_TIMEOUT_DIGITS = 9
+_LONG_BYTES = 1 << 18
 
 
 class RestServicer(rest_pb2_grpc.RestServicer):
@@ -125,6 +126,7 @@ class RestServicer(rest_pb2_grpc.RestServicer):
             body = json_body.parse(request.body.data)
             model = self._registry.get(*selected(request, body))
             model.signature.output_indexes(body.outputs)  # so that a wrong name costs no run
+            await _after_others(request.body.data)
             arrays = json_inputs.tensors_of(body, model.signature)
         else:
             raise InvalidArgument(
@@ -137,6 +139,7 @@ class RestServicer(rest_pb2_grpc.RestServicer):
         expires_us = waits_until_us(deadline_us, body.queue_timeout_us or 0, now_us)
         async with _late_after(body.timeout_us):
             answer = await call(model, arrays, expires_us=expires_us, priority=body.priority, deadline_us=deadline_us)
+        await _after_others(request.body.data)
         value = json_outputs.document(
             body,
             answer,
@@ -230,6 +233,13 @@ def _raw_input(model: Model, data: bytes) -> dict[str, Array]:
             "content-type",
         )
     return {specs[0].name: json_inputs.from_bytes(data, specs[0], Place(specs[0].name, "the body"))}
+
+
+async def _after_others(body: bytes) -> None:
+    """Lets small calls in between the steps of a long one, each of which holds the event loop for milliseconds."""
+    if len(body) >= _LONG_BYTES:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the loop looks at its sockets after the first
 
 
 def _json(value: Any) -> HttpBody:
