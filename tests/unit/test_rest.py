@@ -200,10 +200,15 @@ class TestPredict:
             return noting
 
         asyncio.get_running_loop().add_reader(read, lambda: (os.read(read, 1), steps.append("others")))
-        for module, step in ((json_body, "parse"), (json_inputs, "tensors_of"), (json_outputs, "document")):
+        for module, step in (
+            (json_body, "parse"),
+            (json_inputs, "tensors_of"),
+            (json_outputs, "document"),
+            (json_outputs, "dumps"),
+        ):
             monkeypatch.setattr(module, step, noted(step, getattr(module, step)))
         assert "predictions" in await rest.predict({"instances": [["NaN"] + [0.25] * 39_999] * 2}, model="wide")
-        assert steps[:5] == ["parse", "others", "tensors_of", "others", "document"]
+        assert steps[:7] == ["parse", "others", "tensors_of", "others", "document", "others", "dumps"]
         asyncio.get_running_loop().remove_reader(read)
         os.close(read)
         os.close(write)

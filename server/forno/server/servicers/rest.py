@@ -148,6 +148,7 @@ class RestServicer(rest_pb2_grpc.RestServicer):
             model=model.name,
             version=model.version,
         )
+        await _after_others(request.body.data)
         return _json(value)
 
     def _expiry_us(self, context: Context, timeout_us: int | None) -> int:
