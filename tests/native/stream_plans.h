@@ -31,6 +31,7 @@ struct Plan {
   std::string timeout;
   bool goes_away = false;      // at some moment: nothing is expected then
   bool trailers = false;       // the request ends with trailers
+  bool known = true;           // shows a good key; others are refused, and of their requests nothing is read
   bool items = false;          // messages are items that take the short way; their answers come in any order
 };
 
@@ -76,6 +77,11 @@ inline Plan make_http_plan(Random& random) {
   if (below(random, 16) == 0) plan.body.resize(kMaxMessageBytes + 1 + below(random, 2000), ' ');
   if (plan.body.size() > kMaxMessageBytes) {
     plan.status = "413";
+    plan.expected.clear();
+  }
+  if (below(random, 6) == 0) {
+    plan.known = false;
+    plan.status = "401";
     plan.expected.clear();
   }
   return plan;
@@ -142,6 +148,10 @@ inline Plan make_plan(Random& random) {
       break;
     default:
       break;
+  }
+  if (plan.unary && below(random, 6) == 0) {
+    plan.known = false;
+    if (plan.path == "/unary" && plan.timeout.empty() && (!plan.body.empty() || plan.trailers)) fails("16");
   }
   return plan;
 }

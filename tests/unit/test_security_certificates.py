@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from forno.server.config import Config
 from forno.server.errors import PermissionDenied, Unauthenticated
 from forno.server.security import certificates
-from forno.server.security.guard import Guard, credential_of
+from forno.server.security.credentials import credential_of
+from forno.server.security.guard import Guard
 
 URI, DNS = x509.UniformResourceIdentifier, x509.DNSName
 PEER = "127.0.0.1:5000"

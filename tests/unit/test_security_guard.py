@@ -11,8 +11,9 @@ from forno.server.errors import ConfigError, PermissionDenied, RateLimited, Unau
 from forno.server.security import access, keys, methods
 from forno.server.security import known as known_credentials
 from forno.server.security.access import Principal
+from forno.server.security.credentials import credential_of
 from forno.server.security.exposure import why_open
-from forno.server.security.guard import Guard, credential_of, make, renew
+from forno.server.security.guard import Guard, make, renew
 from forno.server.security.scopes import Scopes
 from forno.server.server import Server
 
@@ -249,7 +250,7 @@ def test_names_that_a_caller_chooses_do_not_fill_the_memory(file):
     keys.add(file, "web", ["predict"])
     guard = guard_of({"keys_file": str(file), "anonymous": ["predict"]})
     for number in range(20):
-        guard.admit("predict", shown(x_forno_peer=f"{'1' * 2000}{number}"), PEER)
+        guard.admit("predict", shown(x_forno_peer=f"{'1' * 5000}{number}"), PEER)
     assert len(guard._known) == 0
     known = known_credentials.Known()
     for number in range(20_000):
@@ -318,3 +319,37 @@ def test_a_running_server_takes_over_no_settings_that_open_or_close_other_method
         assert (bool(fresh), kept) == (renewed, () if renewed else ("security",))
         assert config.security == configs[before].security
         assert config.telemetry == configs[after].telemetry
+
+
+def test_a_caller_is_asked_before_its_message_comes(file):
+    key, pages = keys.add(file, "web", ["predict"]), keys.add(file, "pages", ["metrics"])
+    clock = Clock()
+    guard = guard_of({"keys_file": str(file), "rate_limit": {"calls_per_s": 1, "burst": 2}}, clock)
+    forgotten = []
+    guard.on_change = lambda: forgotten.append(clock.us)
+    assert not guard.knows("predict", shown(key))
+    for _ in range(5):
+        assert guard.ask("predict", shown(key), PEER)  # which counts nothing
+    assert guard.knows("predict", shown(key))
+    assert not guard.knows("metrics", shown(key))
+    for credential, need, error in (
+        ("", "predict", Unauthenticated),
+        (shown("forno_00000000_x"), "predict", Unauthenticated),
+        (shown(pages), "predict", PermissionDenied),
+        (shown(key), "metrics", PermissionDenied),
+    ):
+        with pytest.raises(error):
+            guard.ask(need, credential, PEER)
+    assert not guard.knows("predict", "")
+    assert guard.knows("health", "")
+    assert not guard.ask("health", shown(x_forno_peer="1" * 5000), PEER)  # too long to be remembered
+    principal = guard.admit("predict", shown(key), PEER)
+    assert (principal.take(5), principal.take(5), principal.take(0)) == (1, 0, 0)
+    with pytest.raises(RateLimited):
+        guard.ask("predict", shown(key), PEER)
+    clock.us += SECOND_US
+    keys.remove(file, "web")
+    assert forgotten == []
+    with pytest.raises(Unauthenticated):
+        guard.ask("predict", shown(key), PEER)
+    assert forgotten == [clock.us]

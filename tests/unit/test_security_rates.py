@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from forno.server.config import Config
 from forno.server.errors import RateLimited
 from forno.server.security import keys, rates
-from forno.server.security.guard import credential_of, make
+from forno.server.security.credentials import credential_of
+from forno.server.security.guard import make
 from forno.server.security.rates import Bucket, Table, address_of
 
 
@@ -72,6 +73,15 @@ def test_processes_that_share_a_file_count_together(tmp_path):
     assert taken([Bucket(tables[0], "a", 20.0, 7)], 500_000) == 7  # another limit is another bucket
     assert (tmp_path / "rates").stat().st_mode & 0o777 == 0o600
     assert taken([Bucket(Table(), "a", 10.0, 30)]) == 30
+
+
+@given(most=st.integers(1, 100), burst=st.integers(1, 40), now_us=st.integers(0, 10**15))
+def test_tokens_can_be_taken_together(most, burst, now_us):
+    table = Table()
+    bucket = Bucket(table, "a", 7.0, burst)
+    count = bucket.take(now_us, most)
+    assert count == min(most, burst)
+    assert taken([bucket], now_us) == burst - count
 
 
 def test_guards_that_share_a_file_count_together(tmp_path):

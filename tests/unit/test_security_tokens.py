@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from forno.server.config import Config, JwtSettings
 from forno.server.errors import ConfigError, Unauthenticated
 from forno.server.security import tokens
-from forno.server.security.guard import Guard, credential_of
+from forno.server.security.credentials import credential_of
+from forno.server.security.guard import Guard
 
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)

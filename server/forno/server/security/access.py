@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from forno.server.errors import FornoError, PermissionDenied, Unauthenticated
+from forno.server.errors import FornoError, PermissionDenied, RateLimited, Unauthenticated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,6 +96,22 @@ class Principal:
     def refusal(self, what: str) -> FornoError:
         """The error for something that it may not. The same whether or not that exists."""
         return Unauthenticated(MISSING) if self.anonymous else PermissionDenied(f"this credential may not use {what}")
+
+    def take(self, most: int) -> int:
+        """Admits more calls of it, of one method, beside one that has just been.
+
+        Args:
+            most: How many there are.
+
+        Returns:
+            How many of them are within its limit.
+        """
+        if self.bucket is None or not most:
+            return most
+        try:
+            return self.bucket.take(self._clock_us(), most)
+        except RateLimited:
+            return 0
 
     def next_item(self) -> Principal:
         """Admits one more item of a stream.

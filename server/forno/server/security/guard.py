@@ -12,25 +12,24 @@ from forno.server.clock import clock_us as monotonic_us
 from forno.server.errors import ConfigError, Unauthenticated
 from forno.server.security import methods
 from forno.server.security.access import KEY_PREFIX, NEVER_US, Epoch, Principal
+from forno.server.security.credentials import client_of
 from forno.server.security.exposure import is_loopback
 from forno.server.security.headers import (
     ADMIN,
     API_KEY,
     AUTHORIZATION,
-    CALLERS_KEYS,
     CERTIFICATE,
     DOOR,
-    EDGE_KEYS,
     FORWARDED_CERTIFICATE,
     PEER,
 )
 from forno.server.security.known import Known
-from forno.server.security.rates import Bucket, Table, address_of
+from forno.server.security.rates import Bucket, Table
 from forno.server.security.scopes import Scopes
 from forno.server.security.watched import Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from forno.server.config import Config, SecuritySettings
@@ -40,25 +39,8 @@ LOOK_US = 1_000_000
 
 _FAILURES_PER_S, _FAILURES_BURST = 100.0, 1000  # wrong credentials of one address, checked before any signature is
 
-_OWN = ("_epoch", "_known", "_rates", "_supervisor")
-"""What a guard keeps when it becomes another: whom it knows and what it counts."""
-
-
-def credential_of(metadata: Iterable[tuple[str, str | bytes]], *, trusted: bool, extra: str = "") -> str:
-    """The part of a call's metadata that says who calls, in one text that stands for it in the guard's memory.
-
-    Args:
-        metadata: The call's.
-        trusted: Whether it comes from our own Envoy, which says in it who its caller is.
-        extra: Further "key NUL value NUL" from the transport itself.
-    """
-    wanted = EDGE_KEYS if trusted else CALLERS_KEYS
-    found = [
-        f"{key}\0{value if isinstance(value, str) else value.decode('latin-1')}\0"
-        for key, value in metadata
-        if key in wanted
-    ]
-    return "".join(found) + extra
+_OWN = ("_epoch", "_known", "_rates", "_supervisor", "on_change")
+"""What a guard keeps when it becomes another: whom it knows, what it counts, and who hears of changes."""
 
 
 class Guard:
@@ -88,6 +70,8 @@ class Guard:
         self._clock_us = clock_us
         self._time_s = time_s
         self._rates = rates or Table()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when credentials may stand for others than before: what `ask` has said holds no more."""
         self._known = Known()
         self._epoch = Epoch(self._look, 0)
         self._keys = self._tokens = None
@@ -173,9 +157,40 @@ class Guard:
             PermissionDenied: The credential does not cover this method.
             RateLimited: The caller is over its limit.
         """
+        now_us = self._clock_us()
+        principal = self._entitled(need, credential, peer, now_us)
+        if principal.bucket is not None:
+            principal.bucket.take(now_us)
+        return principal
+
+    def knows(self, need: str, credential: str) -> bool:
+        """Whether it is known by heart that a credential may call a method."""
+        if self._supervisor is not None and f"{PEER}\0" not in credential:
+            return True
+        principal = self._known.get(credential)
+        if principal is None or principal.ended(self._clock_us()):
+            return False
+        return principal.predicts if need == methods.LOOKUP else principal.may(need)
+
+    def ask(self, need: str, credential: str, peer: str) -> bool:
+        """Says of a call whose message has not come whether it may: as `admit`, which will be asked too.
+
+        Returns:
+            Whether further calls of this credential need not be asked about before they are whole.
+
+        Raises:
+            FornoError: As `admit`.
+        """
+        now_us = self._clock_us()
+        principal = self._entitled(need, credential, peer, now_us)
+        if principal.bucket is not None:
+            principal.bucket.look(now_us)
+        return self._known.get(credential) is not None
+
+    def _entitled(self, need: str, credential: str, peer: str, now_us: int) -> Principal:
+        """Who calls, and may call this."""
         if self._supervisor is not None and f"{PEER}\0" not in credential:
             return self._supervisor
-        now_us = self._clock_us()
         if now_us >= self._epoch.look_at_us:
             self._look(now_us)
         principal = self._known.get(credential)
@@ -188,15 +203,13 @@ class Guard:
             raise principal.refusal(f"{need} methods")
         if principal.anonymous and self._limited:
             principal = self._limited_at(principal, credential, peer)
-        if principal.bucket is not None:
-            principal.bucket.take(now_us)
         return principal
 
     def _limited_at(self, nobody: Principal, credential: str, peer: str) -> Principal:
         """A caller without a credential, as its address: what it sends on a stream counts against that one's limit."""
         limit = self._settings.rate_limit
         principal = copy(nobody)
-        principal.bucket = self._bucket(f"address {_address(credential, peer)}", limit.calls_per_s, limit.burst)
+        principal.bucket = self._bucket(f"address {client_of(credential, peer)}", limit.calls_per_s, limit.burst)
         principal.again = lambda: self.admit(methods.LOOKUP, credential, peer)
         return principal
 
@@ -211,6 +224,7 @@ class Guard:
     def _forget(self, now_us: int) -> None:
         """Asks every caller anew, whom it knows or not."""
         self._known.clear()
+        self.on_change()
         self._epoch.over = True  # streams that go on ask anew at their next item
         self._epoch = Epoch(self._look, now_us + LOOK_US)
 
@@ -223,7 +237,7 @@ class Guard:
         door = ADMIN if (DOOR, ADMIN) in pairs else ""
         if shown:
             # Told before anything is computed: guessing and burning our time end alike.
-            failures = Bucket(self._rates, f"failures {_address(credential, peer)}", _FAILURES_PER_S, _FAILURES_BURST)
+            failures = Bucket(self._rates, f"failures {client_of(credential, peer)}", _FAILURES_PER_S, _FAILURES_BURST)
             failures.look(now_us)
             try:
                 try:
@@ -364,12 +378,6 @@ def _extra(setting: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(f"{setting} needs {error.name}: pip install 'forno[security]'") from error
-
-
-def _address(credential: str, peer: str) -> str:
-    fields = credential.split("\0")
-    told = [value for key, value in zip(fields[::2], fields[1::2], strict=False) if key == PEER]
-    return address_of(told[-1] if told else peer)
 
 
 def _scopes(texts: Any, place: str) -> Scopes:

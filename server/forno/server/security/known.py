@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 MAX_KNOWN, MAX_KNOWN_CHARS = 10_000, 16 * 1024 * 1024
 """Credentials that are remembered, and the length of their texts; the oldest go first."""
 
-MAX_CREDENTIAL_CHARS, _MAX_ANONYMOUS_CHARS = 16 * 1024, 1024
+MAX_CREDENTIAL_CHARS, _MAX_ANONYMOUS_CHARS = 16 * 1024, 4096
 """Of the text that stands for one, where it is remembered: what nobody has signed must not fill our memory."""
 
 

@@ -86,14 +86,23 @@ class Bucket:
         self._table, self._cells = table, table.cells
         self._at = 2 * self._first
 
-    def take(self, now_us: int) -> None:
-        """Takes one token.
+    def take(self, now_us: int, most: int = 1) -> int:
+        """Takes tokens.
+
+        Args:
+            now_us: Monotonic.
+            most: How many at most; 1 or more.
+
+        Returns:
+            How many there were; 1 or more.
 
         Raises:
             RateLimited: There is none; says when there will be.
         """
-        full_at_ns = self.look(now_us)
-        self._cells[self._at + 1] = max(full_at_ns, now_us * 1000) + self._interval_ns
+        full_at_ns = max(self.look(now_us), now_us * 1000)
+        count = min(most, (now_us * 1000 + self._tolerance_ns - full_at_ns) // self._interval_ns + 1)
+        self._cells[self._at + 1] = full_at_ns + count * self._interval_ns
+        return count
 
     def look(self, now_us: int) -> int:
         """As `take`, but leaves the token.

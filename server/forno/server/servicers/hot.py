@@ -102,7 +102,7 @@ class HotPredict:
         Args:
             key: What `split.h` left of each.
             replies: The requests, and where their answers go, unless the result is False. Where callers have rights,
-                one at a time, its caller being `access.CURRENT`.
+                all of `access.CURRENT`.
 
         Returns:
             False where they have to go the ordinary way.
@@ -114,13 +114,8 @@ class HotPredict:
         inputs = plan.inputs
         if not inputs:
             return False
-        if replies[0].is_item and access.CURRENT.get() is not None:  # then it is the only one
-            try:
-                access.next_item()
-                self.plans.holds(plan)  # whoever calls now may not use the model
-            except FornoError as error:
-                replies[0].set_exception(error)
-                return True
+        if replies[0].is_item and access.CURRENT.get() is not None:
+            replies = self._admitted(plan, replies)
         submit, rows, write, priority, timeout_us = (
             *(plan.model.submit, plan.rows, plan.write),
             *(plan.priority, plan.timeout_us),
@@ -139,6 +134,20 @@ class HotPredict:
             except FornoError as error:
                 reply.set_exception(error)
         return True
+
+    def _admitted(self, plan: Plan[Place], replies: Sequence[Reply]) -> list[Reply]:
+        """Those items of a stream that its caller may send; the others are answered here."""
+        admitted, entitled = [], access.CURRENT.get()
+        for reply in replies:
+            try:
+                access.next_item()
+                if (caller := access.CURRENT.get()) is not entitled:  # whoever it is now may not use the model
+                    self.plans.holds(plan)
+                    entitled = caller
+                admitted.append(reply)
+            except FornoError as error:
+                reply.set_exception(error)
+        return admitted
 
     def error_item(self, request_id: str, error: Status) -> bytes:
         """The item of a stream that tells of an error."""

@@ -12,8 +12,8 @@ import grpc
 
 from forno.server.address import Address
 from forno.server.errors import ConfigError, FornoError
-from forno.server.security import access
-from forno.server.security.guard import credential_of
+from forno.server.security import access, methods
+from forno.server.security.credentials import credential_of
 from forno.server.security.headers import ADMIN, CERTIFICATE, DOOR
 from forno.server.servicers import status
 from forno.server.transport import credentials
@@ -61,7 +61,7 @@ class AioHost:
         self._credentials = credentials.of_settings(tls) if tls else None
         self._admin_address = Address.parse(security.admin_address) if security and security.admin_address else None
 
-        certificates = bool(security and security.certificates)
+        certificates = bool(tls and tls.client_ca_file)
 
         def server(door: str) -> grpc.aio.Server:
             return grpc.aio.server(
@@ -145,7 +145,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         self._behind_envoy = behind_envoy
         self._certificates = certificates
         self._door = f"{DOOR}\0{door}\0" if door else ""
-        self._wrapped: dict[str, Any] = {}
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(
         self,
@@ -159,25 +159,31 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             if handler is None:
                 self._count_rpcs(path, "UNIMPLEMENTED", 1)
                 return None
-            wrapped = self._wrapped[path] = self._wrap(handler, path)
-        return wrapped
+            wrapped = self._wrapped[path] = self._both(handler, path)
+        usual, asking = wrapped
+        if asking is None or self._guard is None:
+            return usual
+        metadata: Any = handler_call_details.invocation_metadata
+        credential = credential_of(metadata or (), trusted=self._behind_envoy, extra=self._door)
+        return usual if self._guard.knows(methods.need(path), credential) else asking
 
-    def _wrap(self, handler: Any, path: str) -> Any:
+    def _both(self, handler: Any, path: str) -> tuple[Any, Any]:
+        """How a method is served, and how where nobody knows the caller: it is admitted before its message is read.
+
+        Where it shows a certificate, the handshake has asked already, and only the call itself tells the names.
+        """
+        asked = self._guard and self._guard.admission(path) and not handler.request_streaming and not self._certificates
+        return self._wrap(handler, path, asks=False), self._wrap(handler, path, asks=True) if asked else None
+
+    def _wrap(self, handler: Any, path: str, *, asks: bool) -> Any:
         behavior: Callable[..., Any]
+        comes_as_stream = handler.request_streaming or asks
         if handler.response_streaming:
             behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
+            make = grpc.stream_stream_rpc_method_handler if comes_as_stream else grpc.unary_stream_rpc_method_handler
         else:
             behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            make = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
+            make = grpc.stream_unary_rpc_method_handler if comes_as_stream else grpc.unary_unary_rpc_method_handler
 
         # grpc.aio answers UNKNOWN to what is no message, with a traceback in the log; Envoy's host INTERNAL. So unary
         # requests are decoded here, and of a stream's we hear by an error of our own.
@@ -193,6 +199,8 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
                 await status.abort(context, error)
 
         async def decoded(request: Any, context: Any) -> Any:
+            if asks:
+                request = await _first(request)
             try:
                 return decode(request) if decode else request
             except Exception as error:  # noqa: BLE001  (whatever the parser raised)
@@ -244,6 +252,13 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             extra += f"{CERTIFICATE}\0{shown[0].decode()}\0"
         credential = credential_of(context.invocation_metadata() or (), trusted=self._behind_envoy, extra=extra)
         return guard.admit(need, credential, context.peer())
+
+
+async def _first(requests: AsyncIterator[Any]) -> Any:
+    """The message of a unary call that comes as a stream."""
+    async for request in requests:
+        return request
+    raise _UnreadableError("the request has no message")
 
 
 class _UnreadableError(Exception):

@@ -109,7 +109,7 @@ def _filter_chain(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
 
 def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
     security = listener.security
-    mutual = bool(security and security.certificates and listener.secrets and not admin)
+    mutual = bool(security and security.tls.client_ca_file and listener.secrets and not admin)
     cors = security.cors if security and security.cors.origins and not admin else None
     host: dict[str, Any] = {
         "name": "all",

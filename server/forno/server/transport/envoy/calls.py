@@ -51,6 +51,9 @@ class Call(Protocol):
     def send_status(self, code: int, message: str, trailers: Sequence[tuple[str, str]], /) -> None:
         """Ends the call; the message is percent-encoded."""
 
+    def let_in(self, remember: bool, /) -> None:
+        """Has the request of a caller who asked taken in; true: of its next ones unasked."""
+
     def consumed(self, count: int, /) -> None:
         """Says that so many bytes of the request stream have been used up."""
 
@@ -116,12 +119,13 @@ class Native(Protocol):
     WRITABLE: int
     STOP: int
     ITEMS_DONE: int
+    ASK: int
     HOT: int
     HTTP: int
 
     def serve(
         self,
-        methods: list[tuple[str, bool, Layout]],
+        methods: list[tuple[str, bool, bool, Layout]],
         max_message_bytes: int,
         max_inbox_bytes: int,
         max_items: int,
@@ -132,7 +136,7 @@ class Native(Protocol):
         """Opens the doors; the descriptor that is readable when events wait.
 
         Args:
-            methods: Path, whether requests stream, and layout of each.
+            methods: Path, whether requests stream, whether callers are asked, and layout of each.
             max_message_bytes: Largest message.
             max_inbox_bytes: Of a streaming call's requests that wait, before Envoy stops reading.
             max_items: Of one streaming call that are on the short way at once.
@@ -145,6 +149,9 @@ class Native(Protocol):
 
     def flush(self) -> None:
         """Lets all answers leave that were given since `take`."""
+
+    def forget_callers(self) -> None:
+        """Has every caller ask again, whether or not it was let in before."""
 
     def take_answered(self) -> list[tuple[int, int]]:
         """Successes of unary calls on the short way since the last time: method, how many."""

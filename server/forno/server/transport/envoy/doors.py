@@ -114,7 +114,7 @@ def believed(*, inner: bool, admin: bool = False, mutual: bool = False) -> dict[
     Args:
         inner: Whether only an edge of ours calls: its word is taken.
         admin: Whether this is the listener for administration.
-        mutual: Whether the server is to be told of clients' certificates.
+        mutual: Whether clients may show certificates.
     """
     if inner:
         return {"use_remote_address": False, "forward_client_cert_details": "ALWAYS_FORWARD_ONLY"}

@@ -116,9 +116,16 @@ class EnvoyHost:
     def start(self) -> None:
         """Opens the doors: from now on calls arrive."""
         methods = [
-            (HTTP_PREFIX * bool(method.http) + method.path, method.handler.request_streaming, method.layout)
+            (
+                HTTP_PREFIX * bool(method.http) + method.path,
+                method.handler.request_streaming,
+                method.need is not None,
+                method.layout,
+            )
             for method in self._methods
         ]
+        if self._guard:
+            self._guard.on_change = self._native.forget_callers
         descriptor = self._native.serve(methods, *self._limits, self._fail_reply)
         self._loop.add_reader(descriptor, self._drain)
 
@@ -173,13 +180,19 @@ class EnvoyHost:
             access.CURRENT.set(None)  # whoever came before in this turn is not the caller now
             self._hand_to(method, key, replies)
             return
-        for reply in replies:  # each has a caller of its own
-            if reply.call and isinstance(running := self.live.get(reply.call), Running):
-                access.CURRENT.set(running.principal)
-                self._hand_to(method, key, (reply,))
-                running.principal = access.CURRENT.get()
-            elif not reply.is_item and self._admit(self._guard, method, reply, reply.end):
-                self._hand_to(method, key, (reply,))
+        first = replies[0]  # all of one caller, or items of one stream
+        if first.call and isinstance(running := self.live.get(first.call), Running):
+            access.CURRENT.set(running.principal)
+            self._hand_to(method, key, replies)
+            running.principal = access.CURRENT.get()
+        elif not first.is_item:
+            while replies:
+                count = 1
+                if self._admit(self._guard, method, replies[0], replies[0].end):
+                    if (principal := access.CURRENT.get()) is not None:
+                        count += principal.take(len(replies) - 1)
+                    self._hand_to(method, key, replies[:count])
+                replies = replies[count:]
 
     def _hand_to(self, method: Method, key: bytes, replies: Sequence[Reply]) -> None:
         try:
@@ -208,13 +221,15 @@ class EnvoyHost:
 
     def _handle(self, kind: int, call: Call, message: bytes | None, compressed: int) -> None:
         native = self._native
-        if kind == native.CALL:
+        if kind in (native.CALL, native.ASK):
             self._count_answered()
-            if self._draining:
-                call.send_status(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
-                return
             method = self._methods[call.method]
-            if self._guard is None or self._admit(self._guard, method, call, call.send_status):
+            refuse = http.HttpCall(call).send_status if method.http else call.send_status
+            if self._draining:
+                refuse(grpc.StatusCode.UNAVAILABLE.value[0], "the server is shutting down", ())
+            elif kind == native.ASK:
+                self._ask(method, call, refuse)
+            elif self._guard is None or self._admit(self._guard, method, call, refuse):
                 self.begin(call, method, message, compressed)
             return
         if kind == native.STOP:
@@ -271,6 +286,15 @@ class EnvoyHost:
         reply.end(code.value[0], encode_details(details), to_wire(trailing))
         self.count_rpcs(self._methods[reply.method].path, code.name, 1)
 
+    def _ask(self, method: Method, call: Call, refuse: Callable[..., None]) -> None:
+        """Has the message of a caller taken in, or refuses it before that has come."""
+        try:
+            known = not self._guard or not method.need or self._guard.ask(method.need, call.credential, call.peer)
+        except FornoError as error:
+            self._refuse(method, refuse, error)
+        else:
+            call.let_in(known)
+
     def _admit(self, guard: Guard, method: Method, caller: Call | Reply, refuse: Callable[..., None]) -> bool:
         """Lets a call in, as the principal of what runs from here and of the task that will serve it; or refuses it."""
         principal = None
@@ -278,12 +302,15 @@ class EnvoyHost:
             try:
                 principal = guard.admit(method.need, caller.credential, caller.peer)
             except FornoError as error:
-                code, message, trailing = status.told(error)
-                refuse(code.value[0], encode_details(message), to_wire(trailing))
-                self.count_rpcs(method.path, code.name, 1)
+                self._refuse(method, refuse, error)
                 return False
         access.CURRENT.set(principal)
         return True
+
+    def _refuse(self, method: Method, refuse: Callable[..., None], error: FornoError) -> None:
+        code, message, trailing = status.told(error)
+        refuse(code.value[0], encode_details(message), to_wire(trailing))
+        self.count_rpcs(method.path, code.name, 1)
 
     def forget(self, call: Call) -> None:
         """Lets go of a call that has ended."""

@@ -9,8 +9,6 @@ std::atomic<const Methods*> methods{nullptr};
 
 namespace {
 
-constexpr int kHot = 100, kHttp = 101;  // kinds of events that no worker sends
-
 struct Call {
   PyObject_HEAD
   StreamPtr* stream;
@@ -111,6 +109,12 @@ PyObject* call_reply(PyObject* self, PyObject* data) {
   return PyBool_FromLong(fits);
 }
 
+PyObject* call_let_in(PyObject* self, PyObject* remember) {
+  reinterpret_cast<Call*>(self)->answered = true;  // its request, once that is whole, is another Call
+  stream_of(self).let_in(PyObject_IsTrue(remember) == 1);
+  Py_RETURN_NONE;
+}
+
 PyObject* call_consumed(PyObject* self, PyObject* bytes) {
   const size_t count = PyLong_AsSize_t(bytes);
   if (PyErr_Occurred()) return nullptr;
@@ -142,6 +146,7 @@ PyMethodDef call_methods[] = {
     {"send_status", call_send_status, METH_VARARGS, "Ends the call: (code, percent-encoded message, trailing metadata)."},
     {"respond", call_respond, METH_VARARGS,
      "Answers an HTTP call: (gRPC code, which gives the HTTP status, further headers, JSON body)."},
+    {"let_in", call_let_in, METH_O, "Has the request of a caller who asked taken in; true: of its next ones unasked."},
     {"consumed", call_consumed, METH_O, "Says that so many bytes of the request stream have been used up."},
     {"notify_writable", call_notify_writable, METH_NOARGS,
      "True: a WRITABLE event comes when what was sent has left for the client. False: it has."},
@@ -167,113 +172,6 @@ PyType_Spec call_spec = {"_forno_envoy.Call", sizeof(Call), 0, Py_TPFLAGS_DEFAUL
                          call_slots};
 PyTypeObject* call_type = nullptr;
 
-PyObject* bytes_of(std::string_view data) { return PyBytes_FromStringAndSize(data.data(), static_cast<Py_ssize_t>(data.size())); }
-
-// The list of events that `take` makes.
-class Events {
- public:
-  Events() : out_(PyList_New(0)) {}
-
-  bool good() const { return out_ && !PyErr_Occurred(); }
-
-  // The list; null with an error set.
-  PyObject* finish() {
-    if (!good()) Py_CLEAR(out_);
-    return out_;
-  }
-
-  void add(Event& event) {
-    switch (event.kind) {
-      case EventKind::kCall:
-        if (event.stream->gone()) return;  // gave up before anybody looked: it never runs
-        if (event.stream->http) return add_http(event);
-        if (!event.message.split.key.empty()) return add_hot(event.stream, std::move(event.message));
-        return add(event, call_of(event.stream, true));
-      case EventKind::kMessage:
-        if (event.message.split.key.empty()) return add(event, call_of(event.stream, false));
-        event.stream->hold(std::move(event.message));
-        return release(event.stream);
-      case EventKind::kRelease:
-        event.stream->released();
-        return release(event.stream);
-      case EventKind::kHalfClose:
-        event.stream->half_closed = true;
-        return release(event.stream);
-      case EventKind::kCancel: {
-        const bool hot = event.stream->replies && !event.stream->call;
-        drop_replies(*event.stream);
-        if (!hot) return add(event, call_of(event.stream, false));
-        return append(Py_BuildValue("(iiOi)", static_cast<int>(EventKind::kCancel), event.stream->method, Py_None, 0));
-      }
-      case EventKind::kStop:
-        return add(event, Py_NewRef(Py_None));
-      default:
-        return add(event, call_of(event.stream, false));
-    }
-  }
-
- private:
-  void append(PyObject* item) {
-    if (item && out_) PyList_Append(out_, item);
-    Py_XDECREF(item);
-    replies_ = nullptr;
-  }
-
-  // Takes the call. Without one there is nobody left to tell.
-  void add(const Event& event, PyObject* call) {
-    if (!call) return;
-    const std::string_view bytes = event.message.view();
-    const bool has_message = event.kind == EventKind::kMessage || (event.kind == EventKind::kCall && event.message.begin);
-    PyObject* message = has_message ? bytes_of(bytes) : Py_NewRef(Py_None);
-    if (!message) return Py_DECREF(call);
-    append(Py_BuildValue("(iNNO)", static_cast<int>(event.kind), call, message,
-                         event.message.compressed ? Py_True : Py_False));
-  }
-
-  void add_http(const Event& event) {
-    if (PyObject* call = call_of(event.stream, true)) append(http_event(kHttp, call, event.message));
-  }
-
-  // Requests of one method that differ in nothing but their elements stand together, where they come so.
-  void add_hot(const StreamPtr& stream, Message message) {
-    if (!replies_ || method_ != stream->method || key_ != message.split.key) {
-      key_ = message.split.key;
-      method_ = stream->method;
-      PyObject* replies = PyList_New(0);
-      PyObject* key = replies ? bytes_of(key_) : nullptr;
-      if (!key) return Py_XDECREF(replies);
-      append(Py_BuildValue("(iiNN)", kHot, method_, key, replies));
-      replies_ = replies;
-    }
-    PyObject* reply = good() ? make_reply(stream, std::move(message)) : nullptr;
-    if (reply) PyList_Append(replies_, reply);
-    Py_XDECREF(reply);
-  }
-
-  // Lets go what there is room for, and then the half-close behind it.
-  void release(const StreamPtr& stream) {
-    Message message;
-    while (stream->next_item(message)) add_hot(stream, std::move(message));
-    if (!stream->half_closed || stream->has_waiting()) return;
-    stream->half_closed = false;
-    const Event event{EventKind::kHalfClose, stream, {}};
-    add(event, call_of(stream, false));
-  }
-
-  PyObject* out_;
-  PyObject* replies_ = nullptr;  // of the last event, borrowed; null where that is no group
-  std::string key_;
-  int method_ = -1;
-};
-
-PyObject* take(PyObject*, PyObject*) {
-  std::vector<Event> taken = inbox.take();
-  cork();
-  Events events;
-  for (size_t i = 0; events.good() && i < taken.size(); i++) events.add(taken[i]);
-  return events.finish();
-}
-
 PyObject* serve(PyObject*, PyObject* args) {
   PyObject* paths;
   Py_ssize_t max_message_bytes, max_inbox_bytes, max_items;
@@ -290,31 +188,37 @@ PyObject* serve(PyObject*, PyObject* args) {
   next->max_message_us = static_cast<int64_t>(max_message_s * 1e6);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(paths); i++) {
     const char* path;
-    int request_streaming;
+    int request_streaming, guarded;
     Layout layout;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(paths, i), "sp(IIIIIIII)", &path, &request_streaming, &layout.tensors,
-                          &layout.request_id, &layout.tensor_data, &layout.tensor_plain, &layout.answer_id,
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(paths, i), "spp(IIIIIIII)", &path, &request_streaming, &guarded,
+                          &layout.tensors, &layout.request_id, &layout.tensor_data, &layout.tensor_plain, &layout.answer_id,
                           &layout.item_request, &layout.item_id, &layout.item_answer)) {
       delete next;
       return nullptr;
     }
-    next->by_path[path] = {static_cast<int>(i), request_streaming != 0, layout};
-    next->layouts.push_back(layout);
+    next->by_number.push_back({static_cast<int>(i), request_streaming != 0, guarded != 0, layout});
+    next->by_path[path] = next->by_number.back();
   }
   set_fail_hook(fail);
   methods.store(next, std::memory_order_release);
   return PyLong_FromLong(inbox.fd());
 }
 
+PyObject* forget_callers(PyObject*, PyObject*) {
+  callers().clear();
+  Py_RETURN_NONE;
+}
+
 PyMethodDef module_methods[] = {
     {"serve", serve, METH_VARARGS,
-     "Opens the doors: ([(path, request_streaming, layout)], max_message_bytes, max_inbox_bytes, max_items,\n"
+     "Opens the doors: ([(path, request_streaming, guarded, layout)], max_message_bytes, max_inbox_bytes, max_items,\n"
      "max_message_s, fail) -> descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests are not to be split.\n"
      "`fail` is called with a Reply and an error, or a size that is over the limit."},
     {"take", take, METH_NOARGS,
      "All events that wait: [(kind, Call, message or None, compressed)], but (HOT, method, key, [Reply]),\n"
      "(HTTP, Call, body, None or (key, counts, numbers)), and\n"
      "(CANCEL, method, None, False) of a call on the short way. `flush` is to be called when they have been handled."},
+    {"forget_callers", forget_callers, METH_NOARGS, "Has every caller ask again."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_forno_envoy", "The interpreter's side of Envoy.", -1, module_methods,
                           nullptr, nullptr, nullptr, nullptr};
@@ -362,7 +266,10 @@ void send_status(Stream& stream, Metadata status) {
 }
 
 PyObject* call_of(const StreamPtr& stream, bool make) {
-  if (stream->call) return Py_NewRef(static_cast<PyObject*>(stream->call));
+  if (stream->call) {
+    if (make) static_cast<Call*>(stream->call)->answered = false;  // that of an Ask, which nobody has dropped yet
+    return Py_NewRef(static_cast<PyObject*>(stream->call));
+  }
   if (!make) return nullptr;
   Call* call = reinterpret_cast<Call*>(call_type->tp_alloc(call_type, 0));
   if (!call) return nullptr;
@@ -379,7 +286,7 @@ PyObject* make_module() {
   const std::pair<const char*, EventKind> kinds[] = {
       {"CALL", EventKind::kCall},     {"MESSAGE", EventKind::kMessage},   {"HALF_CLOSE", EventKind::kHalfClose},
       {"CANCEL", EventKind::kCancel}, {"WRITABLE", EventKind::kWritable}, {"STOP", EventKind::kStop},
-      {"ITEMS_DONE", EventKind::kItemsDone}};
+      {"ITEMS_DONE", EventKind::kItemsDone}, {"ASK", EventKind::kAsk}};
   for (const auto& [name, kind] : kinds) PyModule_AddIntConstant(module, name, static_cast<int>(kind));
   PyModule_AddIntConstant(module, "HOT", kHot);
   PyModule_AddIntConstant(module, "HTTP", kHttp);

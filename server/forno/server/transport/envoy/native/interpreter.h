@@ -30,6 +30,10 @@ bool append_metadata(PyObject* pairs, Metadata& out);
 // Ends a call with a status; nobody waits for its Replies any more.
 void send_status(Stream& stream, Metadata status);
 
+constexpr int kHot = 100, kHttp = 101;  // kinds of events that no worker sends
+
+// events.cc: all that wait.
+PyObject* take(PyObject*, PyObject*);
 // events_http.cc: the event of an HTTP call, (kind, call, body, None or (key, counts, numbers)). Takes the call.
 PyObject* http_event(int kind, PyObject* call, const Message& message);
 

@@ -36,7 +36,7 @@ bool corked = false;
 std::vector<StreamPtr>& uncommitted = *new std::vector<StreamPtr>;
 
 Reply* reply_of(PyObject* self) { return reinterpret_cast<Reply*>(self); }
-const Layout& layout_of(const Reply& reply) { return methods.load(std::memory_order_acquire)->layouts[reply.method]; }
+const Layout& layout_of(const Reply& reply) { return methods.load(std::memory_order_acquire)->by_number[static_cast<size_t>(reply.method)].layout; }
 
 void link(Reply* reply) {
   Stream& stream = *reply->stream;

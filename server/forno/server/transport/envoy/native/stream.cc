@@ -9,6 +9,7 @@ namespace {
 
 constexpr size_t kLargeBytes = 64 * 1024;  // below this a request's elements are copied to where they run
 constexpr size_t kAlignment = 16;          // of what malloc gives, and enough for numbers
+constexpr size_t kUnknownBytes = 16 * 1024;  // that Envoy holds of the request of a caller whom nobody knows
 
 }  // namespace
 
@@ -20,7 +21,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   thread_local std::vector<Header> headers;
   headers.resize(envoy_dynamic_module_callback_http_get_headers_size(filter, kRequestHeaders));
   envoy_dynamic_module_callback_http_get_headers(filter, kRequestHeaders, headers.data());
-  bool is_grpc = false;
+  bool is_grpc = false, transcoded = false;
   std::string_view http_method, bad_timeout, type, length, timeout_ms;
   metadata.reserve(512);
   for (const Header& h : headers) {
@@ -34,6 +35,8 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
       type = value;
     } else if (key == "content-length") {
       length = value;
+    } else if (key == "x-envoy-original-path") {
+      transcoded = true;
     } else if (key == "x-request-timeout-ms") {
       timeout_ms = value.empty() ? "-" : value;  // as wrong as any other that is no number
     } else if (key == "grpc-timeout") {
@@ -88,11 +91,22 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     inbox_.push({EventKind::kCall, shared_from_this(), {}});
   }
   if (http) begin_http(type, length, timeout_ms);
-  if (end) finish_request(filter);
+  if (end) return finish_request(filter);
+  if (method_->guarded && !announced_ && !callers().knows(method, credential)) {
+    asked_ = true;
+    // The transcoder takes this for its own limit, and gives us nothing before it has all.
+    if (!transcoded) envoy_dynamic_module_callback_http_set_buffer_limit(filter, kUnknownBytes);
+    inbox_.push({EventKind::kAsk, shared_from_this(), {}});
+  }
 }
 
 int Stream::on_body(void* filter, bool end) {
   if (refused_ || request_ended_) return kStopBodyNoBuffer;
+  if (asked_) {
+    left_in_envoy_ = true;
+    ended_in_envoy_ = end;
+    return kStopBodyAndWatermark;
+  }
   if (method_->request_streaming) {
     bool full;
     {
@@ -111,12 +125,17 @@ int Stream::on_body(void* filter, bool end) {
     }
   }
   take_body(filter, kReceivedRequestBody);
+  take_in(filter, end);
+  return kStopBodyNoBuffer;
+}
+
+// Does what can be done with the body that was taken.
+void Stream::take_in(void* filter, bool end) {
   if (http) {
     take_http(filter, end);
   } else if (split_messages(filter) && end) {
     finish_request(filter);
   }
-  return kStopBodyNoBuffer;
 }
 
 void Stream::take_body(void* filter, int type) {
@@ -275,15 +294,19 @@ void Stream::on_scheduled(void* filter) {
 }
 
 void Stream::resume(void* filter) {
-  if (!left_in_envoy_) return;
-  begun_us_ = 0;  // it was we who did not read
-  take_body(filter, kBufferedRequestBody);
-  if (split_messages(filter) && ended_in_envoy_) finish_request(filter);
+  asked_ = false;
+  if (left_in_envoy_) {
+    begun_us_ = 0;  // it was we who did not read
+    take_body(filter, kBufferedRequestBody);
+    take_in(filter, ended_in_envoy_);
+  } else if (ended_in_envoy_) {
+    finish_request(filter);
+  }
 }
 
 void Stream::on_trailers(void* filter) {
   if (refused_ || request_ended_) return;
-  if (left_in_envoy_) {
+  if (left_in_envoy_ || asked_) {
     ended_in_envoy_ = true;
   } else {
     finish_request(filter);

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "callers.h"
 #include "envoy_abi.h"
 #include "json_split.h"
 #include "protocol.h"
@@ -46,7 +47,8 @@ class Stream;
 using StreamPtr = std::shared_ptr<Stream>;
 
 // kRelease: a streaming call has room for items that wait. kItemsDone: the last of its items has been answered.
-enum class EventKind { kCall, kMessage, kHalfClose, kCancel, kWritable, kStop, kRelease, kItemsDone };
+// kAsk: a caller whom nobody knows wants to send a request; nothing of it is taken in before `let_in`.
+enum class EventKind { kCall, kMessage, kHalfClose, kCancel, kWritable, kStop, kRelease, kItemsDone, kAsk };
 
 struct Event {
   EventKind kind;
@@ -76,10 +78,11 @@ struct Methods {
   struct Method {
     int number;
     bool request_streaming;
+    bool guarded;     // callers are asked who they are
     Layout layout{};  // of a hot method's requests; without tensors for others
   };
   std::unordered_map<std::string, Method> by_path;
-  std::vector<Layout> layouts;  // by number
+  std::vector<Method> by_number;
   size_t max_message_bytes = 0;
   size_t max_inbox_bytes = 0;  // of one streaming call; above it Envoy stops reading from the client
   int64_t max_message_us = 0;  // of one streaming call: how long a message may take from its first byte to its last
@@ -107,6 +110,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   // call. It leaves with the next `commit`.
   void reply(const Piece* pieces, size_t count);
   void commit();
+  void let_in(bool remember);                 // has the request of one who asked taken in; of the next ones unasked
   void consumed(size_t bytes);                // the application has taken so much of the request
   bool gone();
   size_t pending_bytes();
@@ -141,6 +145,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
  private:
   void take_body(void* filter, int type);
+  void take_in(void* filter, bool end);
   void append_body(const Buffer& chunk);
   size_t gap_before(std::string_view beginning) const;
   bool split_messages(void* filter);
@@ -170,6 +175,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool refused_ = false;
   bool request_ended_ = false;
   bool announced_ = false;  // the loop knows this call
+  bool asked_ = false;      // the loop has to say whether the caller may come in
   int above_watermark_ = 0;  // Envoy reports nested levels
   bool headers_sent_ = false;
   bool left_in_envoy_ = false;   // Envoy's buffer holds body that was not taken yet

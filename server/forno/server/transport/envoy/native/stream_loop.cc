@@ -104,6 +104,13 @@ void Stream::commit() {
   schedule_locked();
 }
 
+void Stream::let_in(bool remember) {
+  if (remember) callers().add(method, credential);
+  std::lock_guard<std::mutex> lock(mutex_);
+  want_resume_ = true;
+  schedule_locked();
+}
+
 void Stream::consumed(size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   inbox_bytes_ -= std::min(inbox_bytes_, bytes + kMessageOverheadBytes);
