@@ -79,11 +79,13 @@ CALL cuDriverGetVersion(int* version) { return *version = 13000, kSuccess; }
 CALL cuDeviceGetCount(int* count) { return *count = 1, kSuccess; }
 CALL cuDeviceGet(int* device, int ordinal) { return *device = 0, ordinal == 0 ? kSuccess : kInvalidDevice; }
 CALL cuDeviceGetAttribute(int* value, int attribute, int) {
-  return *value = attribute == 75 ? 9 : 0, attribute == 75 || attribute == 76 ? kSuccess : kInvalidValue;
+  const std::map<int, int> known = {{16, 132}, {75, 9}, {76, 0}};  // multiprocessors, and the compute capability
+  return known.count(attribute) ? (*value = known.at(attribute), kSuccess) : kInvalidValue;
 }
 CALL cuDeviceGetPCIBusId(char* out, int size, int) {
   return std::strncpy(out, "0000:65:00.0", size), size > 12 ? kSuccess : kInvalidValue;
 }
+CALL cuDeviceGetName(char* name, int bytes, int) { return std::strncpy(name, "Fake H200", bytes), kSuccess; }
 CALL cuDeviceComputeCapability(int* major, int* minor, int) { return *major = 9, *minor = 0, kSuccess; }
 CALL cuDevicePrimaryCtxRetain(void** out, int) { return *out = &context, ++state.retained, kSuccess; }
 CALL cuDevicePrimaryCtxRelease_v2(int) { return --state.retained < 0 ? kInvalidContext : kSuccess; }
@@ -249,6 +251,14 @@ CALL cuGraphExecDestroy(Capture* graph) {
   NEEDS_CONTEXT
   if (!state.executables.erase(graph)) return kInvalidHandle;
   return delete graph, kSuccess;
+}
+CALL cuStreamIsCapturing(void* stream, int* status) {
+  NEEDS_CONTEXT
+  return *status = state.captures.count(stream) != 0, state.streams.count(stream) ? kSuccess : kInvalidHandle;
+}
+CALL cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
+  NEEDS_CONTEXT
+  return put(stream, [=] { function(data); });
 }
 CALL cuGetErrorString(int status, const char** text) { return *text = status ? "as the fake driver says" : "no error", kSuccess; }
 CALL cuGetErrorName(int, const char** text) { return *text = "CUDA_ERROR", kSuccess; }

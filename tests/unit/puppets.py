@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forno.server.profiles import Profiles
 from forno.server.request import NEVER_US, Answer, Request
 from forno.server.signature import Signature, TensorSpec
 from forno.server.slots.host import HostSlot
@@ -64,6 +65,7 @@ class PuppetEngine:
 
     name = "puppet"
     text_only = False
+    profiles = Profiles()
 
     def __init__(self, *, gated: bool = False, shape: tuple[int, ...] = (-1, -1)) -> None:
         spec = TensorSpec("x", np.dtype(np.int64), shape)

@@ -107,8 +107,8 @@ def test_the_version_is_told(capsys):
         (
             ["check", "a.txt"],
             (
-                "forno: a.txt: not a kind of file that is served; expected .onnx or .ort, a folder, or a "
-                "settings file (.yaml)\n"
+                "forno: a.txt: not a kind of file that is served; expected .onnx, .ort, .plan or .engine, a folder, "
+                "or a settings file (.yaml)\n"
             ),
         ),
     ],

@@ -81,7 +81,7 @@ def planned(path: Path, before: dict[str, Any] | None = None, after: dict[str, A
 def test_the_documented_settings_are_settings() -> None:
     document = Path(__file__).parents[2] / "docs" / "gpu.md"
     blocks = [block.split("```")[0] for block in document.read_text().split("```yaml\n")[1:]]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         assert Config.model_validate(yaml.safe_load(block)).models
 

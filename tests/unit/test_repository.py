@@ -132,7 +132,7 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             ["m.pt"],
             {},
             (
-                "m.pt: not a kind of file that is served; expected .onnx or .ort, a folder, or a "
+                "m.pt: not a kind of file that is served; expected .onnx, .ort, .plan or .engine, a folder, or a "
                 "settings file (.yaml); export it with torch.onnx.export"
             ),
         ),
@@ -140,7 +140,10 @@ def test_models_of_the_configuration_have_the_names_it_gives(tree):
             ["m.txt"],
             ["m.txt"],
             {},
-            ("m.txt: not a kind of file that is served; expected .onnx or .ort, a folder, or a settings file (.yaml)"),
+            (
+                "m.txt: not a kind of file that is served; expected .onnx, .ort, .plan or .engine, a folder, or a "
+                "settings file (.yaml)"
+            ),
         ),
         (
             ["d/x.txt"],

@@ -55,6 +55,7 @@ class Catalog:
 
         Raises:
             ConfigError: One cannot be served, or an endpoint does not fit its model.
+            NotReady: One was stopped while it was loading, or before.
         """
         for model in self.registry.models():
             await model.load()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from forno.server.batcher import Batcher
 from forno.server.clock import clock_us
-from forno.server.engines import engine_name, open_engine
+from forno.server.engines import device_name, engine_name, open_engine
 from forno.server.errors import ConfigError, FornoError, InvalidArgument, NotReady
 from forno.server.processing import Processing
 from forno.server.processing import plan as processing_plan
+from forno.server.profiles import ShapeCheck, limited
 from forno.server.proof import proven
 from forno.server.shapes import plan, rows_limit
 from forno.server.sharing import weigh_this_thread
@@ -29,6 +29,8 @@ from forno.v1.tensors import OBJECT
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    import numpy as np
 
     from forno.server.config import ModelSettings
     from forno.server.engines import Engine
@@ -126,6 +128,8 @@ class Model:
         self._text_inputs: tuple[int, ...] = ()  # inputs whose strings must be text
         self._fits: dict[RowShapes, Fit] = {}  # of shapes seen lately, where shapes are padded
         self._pads = False  # whether shapes are padded
+        self._shape_check: ShapeCheck | None = None  # where the engine does not run all shapes of its signature
+        self.stopping = threading.Event()  # once set, `load` gives up what would take long
         self._settled = asyncio.Event()  # LOADING is over, or was never begun
         self._settled.set()
         self._ended = asyncio.Event()
@@ -146,6 +150,8 @@ class Model:
         except BaseException as error:
             self.error = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             self.state = ModelState.FAILED
+            if self.stopping.is_set():
+                raise NotReady(f"model '{self}' was stopped while it was loading") from error
             if isinstance(error, ConfigError) or not isinstance(error, Exception):
                 raise
             raise ConfigError(f"model '{self}' cannot be loaded: {self.error}") from error
@@ -170,7 +176,9 @@ class Model:
         if worker is None or self.state is not ModelState.READY:
             raise self.not_ready()
         if self._text_inputs:
-            request.inputs = self._as_text(request.inputs)
+            request.inputs = self.signature.as_text(request.inputs, self._text_inputs)
+        if self._shape_check is not None:
+            self._shape_check(request.inputs, self.signature.padding)
         image = self.processing.image
         if image is not None:
             image.check(request.inputs[image.index].shape)
@@ -186,6 +194,7 @@ class Model:
         if self.state in (ModelState.DRAINING, ModelState.UNLOADED):
             await self._ended.wait()
             return
+        self.stopping.set()
         self.state = ModelState.DRAINING
         try:
             await self._settled.wait()
@@ -230,13 +239,14 @@ class Model:
     def _open(self) -> tuple[Engine[Any], WarmUp, list[Slot]]:
         """The blocking part of `load`: pinned memory, too, takes a while to get."""
         self.engine_name = engine_name(self.path, self.settings)
-        engine = open_engine(self.path, self.settings)
+        engine = open_engine(self.path, self.settings, self.stopping)
         try:
             ring = getattr(engine, "ring", None)
             if ring is not None:
                 self.gpu = Gpu(f"{ring.device.name}:{ring.device.ordinal}", ring.device.bus_id)
             warm = self._prove(engine)
-            self.max_rows = self._most_rows(warm)
+            if not warm.signature.batched:
+                self.max_rows = 1
             settings = self.settings
             processing = processing_plan(engine.signature, settings.preprocess, settings.postprocess)
             if processing is not None:
@@ -256,12 +266,16 @@ class Model:
     def _prove(self, engine: Engine[Any]) -> WarmUp:
         """Makes the first runs, and decides with them which rows run together, and padded."""
         settings, batching = self.settings.padding, self.settings.batching
+        engine_rows = engine.profiles.rows if engine.signature.batched else ()
+        allowed_rows, most_rows = limited(settings.allowed_rows, batching.max_rows, engine_rows)
+        self.max_rows = rows_limit(most_rows, allowed_rows)
+        settings = settings.model_copy(update={"allowed_rows": allowed_rows})
+        batching = batching.model_copy(update={"max_rows": self.max_rows})
         padding = plan(engine.signature, settings)
         if padding is not None:
-            max_rows = rows_limit(batching.max_rows, settings.allowed_rows)
-            batching = batching.model_copy(update={"max_rows": max_rows})
             engine.signature = replace(engine.signature, padding=padding.only(()))  # of the count of rows alone
-        inline_below_us = self.settings.inline_below_us if self.settings.device == "cpu" else 0  # the loop never waits
+        on_cpu = device_name(self.path, self.settings) == "cpu"
+        inline_below_us = self.settings.inline_below_us if on_cpu else 0  # the loop never waits
         warm = warm_up(engine, batching, inline_below_us)
         if padding is None or not (warm.signature.batched and padding.names):
             return warm
@@ -269,20 +283,17 @@ class Model:
         note = ""
         if settings.enabled == "auto":
             note = f"rows of these dimensions are not padded: {why}" if why else ""
-            padding = held or (padding.only(()) if settings.allowed_rows else None)
+            padding = held or (padding.only(()) if allowed_rows else None)
         elif why:
             note = f"padding is on because padding.enabled is true, but it may change answers: {why}"
         engine.signature = replace(warm.signature, padding=padding)
         return replace(warm, signature=engine.signature, note="; ".join(filter(None, (warm.note, note))))
 
-    def _most_rows(self, warm: WarmUp) -> int:
-        settings = self.settings
-        return rows_limit(settings.batching.max_rows, settings.padding.allowed_rows) if warm.signature.batched else 1
-
     def _begin(self, engine: Engine[Any], warm: WarmUp, slots: Sequence[Slot]) -> None:
         batching = self.settings.batching
         self.signature = engine.signature
         self.note = warm.note
+        self._shape_check = ShapeCheck(engine.profiles, warm.signature.batched) if engine.profiles.ranges else None
         self.example_shapes = warm.shapes
         self._pads = warm.signature.padding is not None and bool(warm.signature.padding.names)
         if engine.text_only:
@@ -364,19 +375,6 @@ class Model:
             whole.give_up()
             raise
 
-    def _as_text(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The inputs with every string element as `str`; what a runtime for text would misread is refused."""
-        arrays = list(inputs)
-        for index in self._text_inputs:
-            values = arrays[index].ravel().tolist()
-            if not all(type(value) is str and value.isascii() for value in values):
-                name = self.signature.inputs[index].name
-                text = [_text(value, name, at) for at, value in enumerate(values)]
-                array = np.empty(len(text), object)
-                array[:] = text
-                arrays[index] = array.reshape(arrays[index].shape)
-        return tuple(arrays)
-
 
 def _cutting(cuts: tuple[Cut, ...], finish: Callable[[Answer], Any]) -> Callable[[Answer], Any]:
     def cut(answer: Answer) -> Any:
@@ -384,16 +382,3 @@ def _cutting(cuts: tuple[Cut, ...], finish: Callable[[Answer], Any]) -> Callable
         return finish(answer)
 
     return cut
-
-
-def _text(value: object, name: str, at: int) -> str:
-    try:
-        if isinstance(value, bytes):
-            return value.decode()
-        text = str(value)
-        text.encode()
-    except UnicodeError:
-        raise InvalidArgument(
-            f"input '{name}': element {at} is not UTF-8 text, and this model takes no other bytes", f"inputs[{name}]"
-        ) from None
-    return text

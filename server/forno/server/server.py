@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -19,7 +20,7 @@ from forno.server import banner, fixed, logs
 from forno.server.cache import CachedModel
 from forno.server.catalog import Catalog
 from forno.server.clock import clock_us
-from forno.server.errors import ConfigError
+from forno.server.errors import ConfigError, NotReady
 from forno.server.metrics import Metrics
 from forno.server.security import guard
 from forno.server.servicers import tracing
@@ -99,10 +100,13 @@ class Server:
         self._telemetry: Telemetry | None = None
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._adopted: WeakSet[Model] = WeakSet()  # by a reload, which may be under way
 
     def stop(self) -> None:
-        """Begins the end: `run` drains and returns."""
+        """Begins the end: `run` drains and returns, and gives up what it is loading."""
         self._stop.set()
+        for model in (*self.registry.models(), *self._adopted):
+            model.stopping.set()
 
     async def run(self, host: Host, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serves until `stop`.
@@ -118,7 +122,8 @@ class Server:
         export = asyncio.create_task(telemetry.export_metrics()) if telemetry else None
         try:
             async with self._changing:
-                await self._load()
+                if not await self._load():
+                    return
             self._set_health(serving=True)
             if port:
                 self._address = f"{self._address.rpartition(':')[0]}:{port}"
@@ -174,7 +179,8 @@ class Server:
         describer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
         add_ServerReflectionServicer_to_server(describer, host.grpc)
 
-    async def _load(self) -> None:
+    async def _load(self) -> bool:
+        """Loads every model; False where it was stopped."""
         began = time.monotonic()
 
         def show(model: Model) -> None:
@@ -182,9 +188,13 @@ class Server:
             self._show(banner.loaded(model, time.monotonic() - began))
             began = time.monotonic()
 
-        await self._catalog.load(show)
+        try:
+            await self._catalog.load(show)
+        except NotReady:
+            return False
         gc.freeze()  # what start-up has made stays; to look for garbage in it first would take longer than it saves
         gc.enable()
+        return True
 
     def reload(self, read: Callable[[], tuple[Config, Sequence[ModelSpec]]]) -> None:
         """Begins to change to the settings and models that there are now; the log says how it went. No call is lost.
@@ -226,6 +236,9 @@ class Server:
 
     def _adopt(self, model: Model) -> None:
         model.on_failed = partial(self._set_failed, model)
+        self._adopted.add(model)
+        if self._stop.is_set():
+            model.stopping.set()
         if self._telemetry:
             tracing.watch_model(model)
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from forno.server.errors import InvalidArgument
 from forno.v1 import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import numpy as np
 
     from forno.server.shapes import Padding
 
@@ -108,6 +108,22 @@ class Signature:
                 raise InvalidArgument(f"output '{name}' is unknown; this model has {_listed(known)}", "outputs")
         return tuple(known.index(name) for name in names)
 
+    def as_text(self, arrays: Sequence[Array], indexes: Sequence[int]) -> tuple[Array, ...]:
+        """The arrays, those at `indexes` with every string element as `str`: a runtime for text would misread others.
+
+        Raises:
+            InvalidArgument: An element is not text.
+        """
+        given = list(arrays)
+        for index in indexes:
+            values = given[index].ravel().tolist()
+            if not all(type(value) is str and value.isascii() for value in values):
+                name = self.inputs[index].name
+                text = np.empty(len(values), object)
+                text[:] = [_text(value, name, at) for at, value in enumerate(values)]
+                given[index] = text.reshape(given[index].shape)
+        return tuple(given)
+
     @staticmethod
     def _check_shape(spec: TensorSpec, shape: tuple[int, ...]) -> None:
         fits = len(shape) == len(spec.shape) and all(
@@ -132,3 +148,16 @@ class Signature:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _text(value: object, name: str, at: int) -> str:
+    try:
+        if isinstance(value, bytes):
+            return value.decode()
+        text = str(value)
+        text.encode()
+    except UnicodeError:
+        raise InvalidArgument(
+            f"input '{name}': element {at} is not UTF-8 text, and this model takes no other bytes", f"inputs[{name}]"
+        ) from None
+    return text

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from forno.server.config import BatchingSettings
     from forno.server.engines import Engine
+    from forno.server.profiles import Profiles
     from forno.server.signature import Signature, TensorSpec
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -58,9 +59,10 @@ class WarmUp:
 def warm_up(engine: Engine[Any], batching: BatchingSettings, inline_below_us: int) -> WarmUp:
     """Runs made-up inputs through a freshly opened engine and leaves it ready to make its slots. Blocks; any thread.
 
-    Inputs are random at first, then ones, then zeros, with growing sizes for open dimensions, until a run passes. If
-    none passes, the model may still be fine: nothing made up fits what it wants, such as indexes into its own tables.
-    It is then served unbatched, and the note says that no run has passed.
+    Inputs are random at first, then ones, then zeros, with growing sizes for open dimensions, or the best ones of an
+    engine that was built for some, until a run passes. If none passes, the model may still be fine: nothing made up
+    fits what it wants, such as indexes into its own tables. It is then served unbatched, and the note says that no run
+    has passed.
 
     Raises:
         ConfigError: The settings say that rows are independent, and they are not.
@@ -107,7 +109,7 @@ def unrepeatable(engine: Engine[Any]) -> str:
 def _prove_rows(engine: Engine[Any]) -> tuple[Arrays | None, str]:
     """Inputs of one row that passed, and why rows are not taken as independent; empty where they are."""
     signature = engine.signature
-    for fill, inputs in _made_up(signature, _PROOF_ROWS):
+    for fill, inputs in _made_up(signature, engine.profiles, _PROOF_ROWS):
         first, rest = tuple([array[:1] for array in inputs]), tuple([array[1:] for array in inputs])
         alone = _try_run(engine, first, 1)
         if alone is None:
@@ -149,7 +151,7 @@ def alike(one: Array, other: Array) -> bool:
 
 
 def _first_passing(engine: Engine[Any]) -> Arrays | None:
-    for _, inputs in _made_up(engine.signature, 1):
+    for _, inputs in _made_up(engine.signature, engine.profiles, 1):
         if _try_run(engine, inputs, 1) is not None:
             return inputs
     return None
@@ -230,19 +232,28 @@ def _try_run(engine: Engine[Any], inputs: Arrays, rows: int) -> list[Array] | No
         return None
 
 
-def _made_up(signature: Signature, rows: int) -> Iterator[tuple[str, Arrays]]:
+def _made_up(signature: Signature, profiles: Profiles, rows: int) -> Iterator[tuple[str, Arrays]]:
     """Inputs to try, with the name of how they were filled."""
-    seen: set[tuple[str, tuple[tuple[int, ...], ...]]] = set()
     for fill in _FILLS:
-        for free in _FREE_SIZES:
-            shapes = tuple([_shape(spec, rows, free, batched=signature.batched) for spec in signature.inputs])
-            elements = sum(math.prod(shape) for shape in shapes)
-            if (fill, shapes) in seen or (free > 1 and elements > _MOST_ELEMENTS * rows):
-                continue
-            seen.add((fill, shapes))
+        for shapes in _shapes(signature, profiles, rows):
             random = Random(0)  # noqa: S311  (no secret)
             specs = zip(signature.inputs, shapes, strict=True)
             yield fill, tuple([_filled(spec.dtype, shape, fill, random) for spec, shape in specs])
+
+
+def _shapes(signature: Signature, profiles: Profiles, rows: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Shapes of all inputs to try, each once."""
+    if profiles.ranges:
+        best = [profile.best for profile in profiles.ranges]
+        if signature.batched:
+            best = [tuple([(rows, *shape[1:]) for shape in shapes]) for shapes in best]
+        return list(dict.fromkeys(best))
+    tried = []
+    for free in _FREE_SIZES:
+        shapes = tuple([_shape(spec, rows, free, batched=signature.batched) for spec in signature.inputs])
+        if free == 1 or sum(math.prod(shape) for shape in shapes) <= _MOST_ELEMENTS * rows:
+            tried.append(shapes)
+    return list(dict.fromkeys(tried))
 
 
 def _shape(spec: TensorSpec, rows: int, free: int, *, batched: bool) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ class Device(Protocol):
     ordinal: int  # which of the devices
     architecture: str  # what kernels are built for: "cpu", "sm_90"
     bus_id: str  # its place on the PCI bus, such as "0000:65:00.0"; empty where it has none
+    description: str  # all that measurements depend on: "NVIDIA H200, 132 multiprocessors, driver 13"
     has_graphs: bool  # whether `begin_capture` and what follows work
 
     def attach(self) -> None:

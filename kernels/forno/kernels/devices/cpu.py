@@ -89,6 +89,7 @@ class CpuDevice:
     name = "cpu"
     architecture = "cpu"
     bus_id = ""
+    description = "this CPU"
     has_graphs = True
 
     def __init__(

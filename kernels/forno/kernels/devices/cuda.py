@@ -28,6 +28,8 @@ _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 _MAJOR = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _MINOR = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+_MULTIPROCESSORS = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_NAME_BYTES = 256
 _NON_BLOCKING = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
 _EVENT_FLAGS = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
 _EVENT_BLOCKS = driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC
@@ -57,6 +59,10 @@ class CudaDevice:
         minor = _call("cuDeviceGetAttribute", _MINOR, self._device)
         self.architecture = f"sm_{major}{minor}"
         self.bus_id = _call("cuDeviceGetPCIBusId", _BUS_ID_BYTES, self._device).split(b"\0")[0].decode().lower()
+        name = _call("cuDeviceGetName", _NAME_BYTES, self._device).partition(b"\0")[0].decode()
+        multiprocessors = _call("cuDeviceGetAttribute", _MULTIPROCESSORS, self._device)
+        driver_major = _call("cuDriverGetVersion") // 1000
+        self.description = f"{name}, {multiprocessors} multiprocessors, driver {driver_major}"
 
     def attach(self) -> None:
         """Makes the device usable from the calling thread."""

@@ -54,6 +54,9 @@ class PycudaDevice:
         self._context: Any = device.retain_primary_context()
         self.architecture = "sm_{}{}".format(*device.compute_capability())
         self.bus_id = str(device.pci_bus_id()).lower()
+        multiprocessors = device.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT)
+        driver_major = driver.get_driver_version() // 1000
+        self.description = f"{device.name()}, {multiprocessors} multiprocessors, driver {driver_major}"
         self._allocations: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}

@@ -68,6 +68,7 @@ async def _check(config: Config, specs: Sequence[ModelSpec]) -> int:
     for spec in specs:
         model = Model(spec.name, spec.version, spec.path, spec.settings, metrics.model(spec.name, spec.version))
         registry.add(model)
+        _tell_of_plan(spec)
         try:
             await model.load()
         except ConfigError as error:
@@ -82,6 +83,20 @@ async def _check(config: Config, specs: Sequence[ModelSpec]) -> int:
     for failure in failures:
         print(f"forno: {failure}", file=sys.stderr)
     return _FAILED if failures else 0
+
+
+def _tell_of_plan(spec: ModelSpec) -> None:
+    """Says what will be built, before it is: that takes minutes."""
+    from forno.server.engines import device_name, engine_name  # noqa: PLC0415
+
+    try:
+        if engine_name(spec.path, spec.settings) == "tensorrt" and spec.path is not None:
+            from forno.server.engines.tensorrt import intended  # noqa: PLC0415
+
+            told = intended(spec.path, spec.settings, device_name(spec.path, spec.settings))
+            print(f"forno: {spec.name} {spec.version}: {told}", file=sys.stderr)
+    except ConfigError:
+        return  # its load says why
 
 
 async def _found(model: Model) -> _Finding:

@@ -14,6 +14,8 @@ from forno.server.config.models import (
     PaddingSettings,
     PostprocessSettings,
     PreprocessSettings,
+    TensorrtSettings,
+    TensorrtShapes,
 )
 from forno.server.config.process import FleetSettings, ServerSettings, TelemetrySettings
 from forno.server.config.security import CorsSettings, JwtSettings, RateLimitSettings, SecuritySettings, TlsSettings
@@ -38,6 +40,8 @@ __all__ = [
     "ServerSettings",
     "Settings",
     "TelemetrySettings",
+    "TensorrtSettings",
+    "TensorrtShapes",
     "TlsSettings",
 ]
 

@@ -141,7 +141,8 @@ class CudaSettings(Settings):
     """Whether float32 products may be rounded to 10 bits of mantissa, which is several times faster."""
     graphs: bool = False
     """Whether a run is captured once for each count of rows, and then started by one call instead of one a kernel: for
-    models of many short kernels. Needs `padding.allowed_rows` and a model of fixed row shapes."""
+    models of many short kernels. Needs `padding.allowed_rows` and a model of fixed row shapes; `engine: tensorrt` needs
+    neither, and captures what comes again."""
     conv_search: Literal["exhaustive", "heuristic"] = "exhaustive"
     """How ONNX Runtime chooses algorithms of convolutions: `exhaustive` tries them, again for each count of rows, so it
     belongs with `padding.allowed_rows`; `heuristic` looks them up."""
@@ -168,6 +169,56 @@ class CudaSettings(Settings):
         return self
 
 
+Shape = tuple[Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)], ...]
+
+
+class TensorrtShapes(Settings):
+    """Shapes of one input that a plan is built for, such as {min: [1, 16], opt: [16, 128], max: [32, 512]}."""
+
+    min: Shape
+    """The smallest."""
+    opt: Shape
+    """The shape that it is made fastest for."""
+    max: Shape
+    """The largest."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> TensorrtShapes:
+        equally_long = len(self.min) == len(self.opt) == len(self.max)
+        if not equally_long or any(
+            not least <= best <= most for least, best, most in zip(self.min, self.opt, self.max, strict=True)
+        ):
+            raise ValueError(
+                f"min {list(self.min)}, opt {list(self.opt)} and max {list(self.max)}: "
+                "as many sizes in each, none above the next one's"
+            )
+        return self
+
+
+class TensorrtSettings(Settings):
+    """The TensorRT engine: how plans are built from ONNX models, and which are loaded."""
+
+    profiles: tuple[dict[str, TensorrtShapes], ...] = ()
+    """Ranges of shapes that a plan is built for, each input -> shapes, such as
+    [{tokens: {min: [1, 16], opt: [16, 128], max: [32, 512]}}]; a run takes the one whose `opt` is nearest. Inputs of
+    fixed shape need none. Empty = 1 to `batching.max_rows` rows, for models of which nothing else is open."""
+    precision: Literal["model", "fp16", "bf16"] = "model"
+    """In which types a plan computes: those of the model, or, with TensorRT 10 alone, also float16 or bfloat16 where
+    that is faster."""
+    workspace_bytes: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Most memory of the GPU that a plan may be built to compute in, in bytes; 0 = as much as there is."""
+    optimization_level: Annotated[int, Field(strict=True, ge=0, le=5)] = 3
+    """How long the builder searches, from 0 (plans soon, slower runs) to 5."""
+    version_compatible: bool = False
+    """Whether plans are built to run on later releases of TensorRT too, and whether such plans are loaded: they hold
+    code that runs on this machine, so load none that you do not trust."""
+    cache_dir: Path | None = None
+    """Folder where plans that were built are kept, and what the builder has measured; unset = `forno/tensorrt` in the
+    user's cache. Relative to the working directory."""
+    build_limit_s: Annotated[int, Field(strict=True, ge=1, le=7 * 86_400)] = 3600
+    """Longest time that a build may take, in seconds; then it is ended, and the model cannot be loaded."""
+
+
 class NullSettings(Settings):
     """The null engine: answers its inputs, after a delay. To test and to measure all but the model."""
 
@@ -186,8 +237,8 @@ class ModelSettings(Settings):
 
     path: Path | None = None
     """File, version folder or model folder, relative to the file that says so; unset in a `model.yaml`."""
-    engine: Literal["onnx", "null"] | None = None
-    """What runs it; unset = found from the file."""
+    engine: Literal["onnx", "tensorrt", "null"] | None = None
+    """What runs it; unset = found from the file. `tensorrt` runs plans, and builds one from an ONNX model."""
     versions: Annotated[int, Field(strict=True, ge=1)] | tuple[str, ...] = 1
     """How many of the newest versions are served, or exactly which."""
     labels: dict[str, str] = {}
@@ -204,13 +255,15 @@ class ModelSettings(Settings):
     """Answers that are given again to equal requests; off unless `max_bytes` is set."""
     deterministic: bool = True
     """Whether equal inputs give equal outputs; false for a model that samples, which is never cached."""
-    device: str = "cpu"
+    device: str | None = None
     """Where it runs: `cpu`; `cuda` or `cuda:1`, an NVIDIA GPU by its number; `pycuda`, the same through PyCUDA. With
-    `instances` above 1, batches are copied while others are computed."""
+    `instances` above 1, batches are copied while others are computed. Unset = `cpu`, and `cuda` for TensorRT."""
     cuda: CudaSettings = CudaSettings()
     """Settings of the GPU."""
     onnx: OnnxSettings = OnnxSettings()
     """Settings of the ONNX Runtime engine."""
+    tensorrt: TensorrtSettings = TensorrtSettings()
+    """Settings of the TensorRT engine."""
     null: NullSettings = NullSettings()
     """Settings of the null engine."""
     inline_below_us: Annotated[int, Field(strict=True, ge=0, le=100_000)] = 150
@@ -225,8 +278,8 @@ class ModelSettings(Settings):
 
     @field_validator("device")
     @classmethod
-    def _known(cls, device: str) -> str:
-        if not re.fullmatch(r"cpu|(cuda|pycuda)(:\d{1,3})?", device):
+    def _known(cls, device: str | None) -> str | None:
+        if device is not None and not re.fullmatch(r"cpu|(cuda|pycuda)(:\d{1,3})?", device):
             raise ValueError("cpu, cuda or pycuda, the last two with a number where there are several, such as cuda:1")
         return device
 
@@ -238,7 +291,7 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _graphs_of_known_rows(self) -> ModelSettings:
-        if self.cuda.graphs and not self.padding.allowed_rows:
+        if self.cuda.graphs and not self.padding.allowed_rows and self.engine != "tensorrt":
             raise ValueError("`cuda.graphs` needs `padding.allowed_rows`, such as [1, 2, 4, 8, 16]: one graph for each")
         return self
 

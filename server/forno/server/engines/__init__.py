@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from forno.server.errors import ConfigError
+from forno.server.errors import ConfigError, NotReady
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
 
     from forno.server.config import ModelSettings
+    from forno.server.profiles import Profiles
     from forno.server.signature import Signature
     from forno.server.slots import Slot
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 SlotT = TypeVar("SlotT", bound="Slot")
 
-_BY_SUFFIX = {".onnx": "onnx", ".ort": "onnx"}
+_BY_SUFFIX = {".onnx": "onnx", ".ort": "onnx", ".plan": "tensorrt", ".engine": "tensorrt"}
 
 
 class Engine(Protocol[SlotT]):
@@ -33,6 +35,7 @@ class Engine(Protocol[SlotT]):
     name: str
     signature: Signature  # as the file declares it; a Model replaces it once `batched` is decided, before its slots
     text_only: bool  # whether strings must be text: bytes that are not UTF-8 cannot be carried
+    profiles: Profiles  # shapes that it runs; none = all of the signature
 
     def new_slot(self, max_rows: int) -> SlotT:
         """Buffers for one batch of up to `max_rows` rows."""
@@ -69,25 +72,42 @@ def engine_name(path: Path | None, settings: ModelSettings) -> str:
     return name
 
 
-def open_engine(path: Path | None, settings: ModelSettings) -> Engine[Any]:
+def device_name(path: Path | None, settings: ModelSettings) -> str:
+    """Where the model runs: what the settings say, else the CPU, or a GPU for an engine that runs on nothing else."""
+    return settings.device or ("cuda" if engine_name(path, settings) == "tensorrt" else "cpu")
+
+
+def open_engine(path: Path | None, settings: ModelSettings, stopping: threading.Event | None = None) -> Engine[Any]:
     """Loads a model file. Blocks; any thread.
+
+    Args:
+        path: The file; None for an engine that needs none.
+        settings: Of the model.
+        stopping: Once it is set, nobody waits for the model any more: what takes minutes is given up.
 
     Raises:
         ConfigError: The file cannot be served; the text says why.
+        NotReady: It was stopped.
     """
-    name = engine_name(path, settings)
+    if stopping is not None and stopping.is_set():
+        raise NotReady("it was stopped before it was loaded")
+    name, device = engine_name(path, settings), device_name(path, settings)
     if name == "null":
-        if settings.device != "cpu":
-            raise ConfigError(f"the null engine runs on the cpu alone, and device is '{settings.device}'")
+        if device != "cpu":
+            raise ConfigError(f"the null engine runs on the cpu alone, and device is '{device}'")
         from forno.server.engines.null import NullEngine  # noqa: PLC0415
 
         return NullEngine(settings.null)
     if path is None:
         raise ConfigError(f"the {name} engine needs the path of a model file")
-    if settings.device != "cpu":
+    if name == "tensorrt":
+        from forno.server.engines.tensorrt import open_tensorrt  # noqa: PLC0415
+
+        return open_tensorrt(path, settings, device, stopping)
+    if device != "cpu":
         from forno.server.engines.onnx_cuda import open_on_device  # noqa: PLC0415
 
-        return open_on_device(path, settings.cuda, settings.device)
+        return open_on_device(path, settings.cuda, device)
     from forno.server.engines.onnx import OnnxEngine  # noqa: PLC0415
 
     return OnnxEngine(path, settings.onnx, settings.instances)

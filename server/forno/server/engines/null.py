@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from forno.server.errors import ConfigError
+from forno.server.profiles import Profiles
 from forno.server.signature import Signature, TensorSpec
 from forno.server.slots.host import HostSlot
 from forno.v1 import tensors
@@ -29,6 +30,7 @@ class NullEngine:
 
     name = "null"
     text_only = False
+    profiles = Profiles()
 
     def __init__(self, settings: NullSettings) -> None:
         try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from forno.server.errors import ConfigError
+from forno.server.profiles import Profiles
 from forno.server.signature import Signature, TensorSpec
 from forno.server.slots.host import HostSlot
 from forno.v1 import tensors
@@ -88,6 +89,7 @@ class OnnxEngine:
 
     name = "onnx"
     text_only = True
+    profiles = Profiles()
 
     def __init__(self, path: Path, settings: OnnxSettings, instances: int = 1) -> None:
         self._path = path

@@ -22,6 +22,7 @@ import onnxruntime as ort
 from forno.kernels.devices import DeviceError, attached, open_device
 from forno.server.engines.onnx import element_type, reason, signature_of, weights_bytes
 from forno.server.errors import ConfigError, EngineLost
+from forno.server.profiles import Profiles
 from forno.server.slots.cuda import Ring
 from forno.v1.tensors import OBJECT
 
@@ -69,6 +70,7 @@ class OnnxCudaEngine:
 
     name = "onnx"
     text_only = True
+    profiles = Profiles()
 
     def __init__(self, path: Path, settings: CudaSettings, device: Device) -> None:
         self._path = path

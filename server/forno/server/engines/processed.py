@@ -11,6 +11,7 @@ from forno.kernels import host
 from forno.kernels.build import BuildFailed
 from forno.kernels.devices import DeviceError
 from forno.server.errors import ConfigError
+from forno.server.profiles import Profiles
 from forno.server.slots.processed import DeviceProcessedSlot, HostProcessedSlot, process
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class ProcessedEngine:
         self._engine = engine
         self._processing = processing
         ring = getattr(engine, "ring", None)
+        self.profiles = engine.profiles if processing.image is None else Profiles()  # every image becomes of one shape
         if ring is not None:
             try:
                 process(ring, processing)

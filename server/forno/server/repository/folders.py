@@ -12,7 +12,7 @@ from forno.server.errors import ConfigError
 from forno.server.spelling import listed
 from forno.server.versions import natural
 
-MODEL_SUFFIXES = (".onnx", ".ort")
+MODEL_SUFFIXES = (".onnx", ".ort", ".plan", ".engine")
 SETTINGS_FILE = "model.yaml"
 ONLY_VERSION = "1"
 LAYOUT = "MODEL.onnx, NAME/model.onnx or NAME/VERSION/model.onnx"

@@ -1,0 +1,204 @@
+"""Has plans built: in a process apart, one at a time, with progress in the log, and only where none is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forno.server.engines.tensorrt.cache import PlanCache, build_options, default_folder
+from forno.server.errors import ConfigError, NotReady
+from forno.server.processes import die_with_parent
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Sequence
+
+    from forno.kernels.devices import Device
+    from forno.server.config import ModelSettings
+    from forno.server.engines.tensorrt.library import Library
+
+log = logging.getLogger("forno.engine.tensorrt")
+
+BUILDER = (sys.executable, "-m", "forno.server.engines.tensorrt.builder")
+_POLL_S = 0.2
+_TELL_EVERY_S = 10.0
+_LAST_WORDS_BYTES = 2000
+
+
+class Plans:
+    """Finds or builds the plan of one ONNX model. Made for one load; one thread.
+
+    Args:
+        model: The ONNX model.
+        settings: Of the model.
+        library: TensorRT.
+        device: The GPU.
+        stopping: Ends a build, or the wait for another process's, once it is set.
+
+    Raises:
+        ConfigError: The model cannot be read, or the cache not be made.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        settings: ModelSettings,
+        library: Library,
+        device: Device,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        self._model = model
+        self._limit_s = settings.tensorrt.build_limit_s
+        self._library = library
+        self._device = device
+        self._stopping = stopping
+        folder = settings.tensorrt.cache_dir or default_folder()
+        self._cache = PlanCache(Path(folder), library, device)
+        self._options = build_options(settings)
+        self.path = self._cache.plan_of(model, self._options)
+
+    def __str__(self) -> str:
+        what = "takes the plan kept as" if self.path.is_file() else "builds a plan, to be kept as"
+        return f"{what} {self.path}, with TensorRT {self._library.version} for {self._device.description}"
+
+    def ready(self, builder: Sequence[str] = BUILDER) -> Path:
+        """The plan, which is built where it is not kept.
+
+        Args:
+            builder: The command that builds.
+
+        Raises:
+            ConfigError: It cannot be built; the text says why.
+            NotReady: It was stopped.
+        """
+        if self.path.is_file():
+            log.info("%s: %s", self._model, self)
+            return self.path
+        if not self._library.builds:
+            raise ConfigError(
+                f"{self._model} needs a plan, and {self._library.name} builds none; "
+                "install all of TensorRT, pip install 'forno[gpu,tensorrt]', or give the plan itself"
+            )
+        waits = False
+
+        def wait() -> None:
+            nonlocal waits
+            if not waits:
+                waits = True
+                log.info("%s: waits for another process that builds a plan on this GPU", self._model)
+            self._check_stopping()
+
+        with self._cache.turn(wait) as unfinished:
+            if not self.path.is_file():  # the other process may have built this very plan
+                log.info("%s: %s", self._model, self)
+                self._build(builder, unfinished)
+                unfinished.replace(self.path)
+        return self.path
+
+    def _build(self, builder: Sequence[str], unfinished: Path) -> None:
+        job = {
+            **self._options,
+            "model": str(self._model),
+            "plan": str(unfinished),
+            "timings": str(self._cache.timings),
+            "device": self._device.name,
+            "ordinal": self._device.ordinal,
+        }
+        told, tell = os.pipe()
+        began_s = time.monotonic()
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # as Envoy needs it
+        with tempfile.TemporaryFile() as words, os.fdopen(told, "rb", buffering=0) as messages:
+            try:
+                process = subprocess.Popen(  # noqa: S603  (this program)
+                    [*builder, str(tell)],
+                    stdin=subprocess.PIPE,
+                    stdout=words,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[tell],
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509  (a system call)
+                )
+            finally:
+                os.close(tell)
+            try:
+                with suppress(BrokenPipeError), process.stdin as stdin:  # type: ignore[union-attr]
+                    stdin.write(json.dumps(job).encode())
+                last = self._follow(messages, began_s)
+                process.wait(max(1.0, began_s + self._limit_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise self._too_long() from None
+            finally:
+                _kill(process)
+            self._judge(last, process.returncode, words, began_s)
+
+    def _follow(self, messages: Any, began_s: float) -> dict[str, Any]:
+        """Tells the log of progress until the builder has told all; its last message, empty if there was none."""
+        last: dict[str, Any] = {}
+        rest, shown_s = b"", time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(messages, selectors.EVENT_READ)
+            while True:
+                self._check_stopping()
+                now_s = time.monotonic()
+                if now_s - began_s > self._limit_s:
+                    raise self._too_long()
+                if not selector.select(_POLL_S):
+                    continue
+                read = messages.read(65536)
+                if not read:
+                    return last
+                *lines, rest = (rest + read).split(b"\n")
+                for line in lines:
+                    last = json.loads(line)
+                if "progress" in last and now_s - shown_s >= _TELL_EVERY_S:
+                    shown_s = now_s
+                    done, phase = last["progress"]["done"], last["progress"]["phase"]
+                    log.info("%s: %.0f %% built in %.0f s: %s", self._model, 100 * done, now_s - began_s, phase)
+
+    def _judge(self, last: dict[str, Any], status: int, words: Any, began_s: float) -> None:
+        """Raises ConfigError unless the builder has built."""
+        if "failed" in last:
+            raise ConfigError(f"{self._model}: {last['failed']}")
+        if status == 0 and "built" in last:
+            took_s, size_bytes = time.monotonic() - began_s, last["built"]["bytes"]
+            log.info("%s: built in %.0f s, %d bytes: %s", self._model, took_s, size_bytes, self.path)
+            return
+        size = words.seek(0, os.SEEK_END)
+        words.seek(max(0, size - _LAST_WORDS_BYTES))
+        lines = words.read().decode(errors="replace").split("\n")
+        said = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
+        how = f"ended with status {status}" if status >= 0 else f"was ended by {_signal(-status)}"
+        raise ConfigError(f"{self._model}: the process that builds its plan {how}" + (f": {said}" if said else ""))
+
+    def _check_stopping(self) -> None:
+        if self._stopping is not None and self._stopping.is_set():
+            raise NotReady(f"{self._model}: building its plan was given up, because the server ends")
+
+    def _too_long(self) -> ConfigError:
+        return ConfigError(
+            f"{self._model}: building its plan took longer than tensorrt.build_limit_s = {self._limit_s}, and was ended"
+        )
+
+
+def _signal(number: int) -> str:
+    name = signal.Signals(number).name if number in [*signal.Signals] else str(number)
+    return f"{name}, as where memory runs out" if number == signal.SIGKILL else name
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and all that it has started, if it is still there."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

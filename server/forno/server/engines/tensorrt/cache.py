@@ -1,0 +1,135 @@
+"""Plans that were built, kept under names that say all that they depend on.
+
+NAME-KEY.plan            a plan
+timings-RELEASE-GPU      what the builder has measured there, for the next build
+build-GPU.lock           held by the process that builds: two builds would disturb each other's measurements
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forno.server.engines.tensorrt.onnx_files import files_of
+from forno.server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from forno.kernels.devices import Device
+    from forno.server.config import ModelSettings
+    from forno.server.engines.tensorrt.library import Library
+
+_FORMAT = 1  # of what is told of a build; another number makes all kept plans strangers
+_POLL_S = 0.2
+_UNFINISHED = ".building-"
+
+
+class PlanCache:
+    """One folder of plans for one GPU and one TensorRT. Any thread; processes take turns to build.
+
+    Args:
+        folder: Where they are; made where it is not there.
+        library: Which TensorRT.
+        device: Which GPU.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, library: Library, device: Device) -> None:
+        self._folder = folder
+        self._library = library
+        self._device = device
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", device.description).strip("-")
+        self.timings = folder / f"timings-{library.version}-{device.architecture}-{gpu}"
+        self._lock = folder / f"build-{gpu}.lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"tensorrt.cache_dir is {folder}, which cannot be made: {error.strerror}") from error
+
+    def plan_of(self, model: Path, options: dict[str, Any]) -> Path:
+        """Where the plan of an ONNX model is, or is to be; `options` say how it is built.
+
+        Raises:
+            ConfigError: The model cannot be read.
+        """
+        told = {
+            "format": _FORMAT,
+            "files": [_digest(path) for path in files_of(model)],
+            "tensorrt": self._library.version,
+            "architecture": self._device.architecture,
+            "device": self._device.description,
+            "options": options,
+        }
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.stem)[:64]
+        return self._folder / f"{stem}-{key}.plan"
+
+    @contextmanager
+    def turn(self, wait: Callable[[], None]) -> Iterator[Path]:
+        """The right to build, and the name of a file beside the plans to write one to; it is removed at the end.
+
+        Args:
+            wait: Called a few times a second while another process has the turn; what it raises ends the wait.
+        """
+        import fcntl  # noqa: PLC0415  (not on Windows, where there is no GPU engine)
+
+        with self._lock.open("a") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    wait()
+                    time.sleep(_POLL_S)
+            for left in self._folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed: nobody else builds now
+                left.unlink(missing_ok=True)
+            unfinished = self._folder / f"{_UNFINISHED}{os.getpid()}"
+            try:
+                yield unfinished
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
+def default_folder() -> Path:
+    """`forno/tensorrt` in the user's cache folder."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if given else Path.home() / ".cache") / "forno" / "tensorrt"
+
+
+def build_options(settings: ModelSettings) -> dict[str, Any]:
+    """How a plan is built, as far as settings say so: what it depends on, and what the builder is told."""
+    given = settings.tensorrt
+    profiles = [
+        {
+            name: {which: list(getattr(shapes, which)) for which in ("min", "opt", "max")}
+            for name, shapes in each.items()
+        }
+        for each in given.profiles
+    ]
+    allowed = settings.padding.allowed_rows
+    most_rows = max(
+        (rows for rows in allowed if rows <= settings.batching.max_rows), default=settings.batching.max_rows
+    )
+    return {
+        "profiles": profiles,
+        "max_rows": 0 if profiles else most_rows,
+        "precision": given.precision,
+        "workspace_bytes": given.workspace_bytes,
+        "optimization_level": given.optimization_level,
+        "version_compatible": given.version_compatible,
+        "tf32": settings.cuda.tf32,
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

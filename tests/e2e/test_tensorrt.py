@@ -1,0 +1,157 @@
+"""`engine: tensorrt` as a person has it, over a driver and a TensorRT of our own: cuda-bindings are the real ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+from tests.e2e.forno_server import ROOT, FornoServer, environment
+from tests.unit import onnx_models
+from tests.unit.plans import FAKE
+from tests.unit.test_engines import plain
+
+from forno.kernels import build
+from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+SETTINGS = """\
+models:
+  m: {path: m.onnx, engine: tensorrt, instances: 2, batching: {max_rows: 16}, cuda: {graphs: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the fake libcuda.so.1."""
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings are missing")
+    if not build.compiler():
+        pytest.skip("a C++ compiler is missing")
+    folder = tmp_path_factory.mktemp("driver")
+    options = ["-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", f"-I{build.SOURCES}"]
+    source = ROOT / "tests" / "native" / "fake_driver.cc"
+    command = [*build.compiler(), *options, str(source), "-o", str(folder / "libcuda.so.1"), "-ldl"]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture
+def folder(driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and its settings, and an environment in which there seems to be a GPU."""
+    onnx_models.mlp(tmp_path / "m.onnx")
+    (tmp_path / "forno.yaml").write_text(SETTINGS)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    monkeypatch.setenv("FAKE_TENSORRT_DRIVER", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def predict(server: FornoServer, rows: Any) -> Future[Any]:
+    request = predictor_pb2.PredictRequest(model="m", inputs=[tensors.encode("x", rows)])
+    future: Future[Any] = predictor_pb2_grpc.PredictorStub(server.channel).Predict.future(request, timeout=20)
+    return future
+
+
+@pytest.mark.parametrize("transport", ["grpc", "envoy"])
+def test_a_model_is_built_served_and_taken_from_the_cache(folder: Path, transport: str) -> None:
+    rows = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    want = plain(folder / "m.onnx", rows)[0]
+    for told in ("builds a plan, to be kept as", "takes the plan kept as"):
+        with FornoServer(folder / "forno.yaml", transport=transport) as server:
+            answers = [predict(server, row[None]) for row in rows]
+            got = np.concatenate([tensors.decode(answer.result().outputs[0]) for answer in answers])
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+            assert "(tensorrt, batches up to 16 rows)" in server.output()
+            assert told in server.output()
+        assert server.process.returncode == 0
+    assert len([*(folder / "cache" / "forno" / "tensorrt").glob("m-*.plan")]) == 1
+
+
+def test_what_no_profile_holds_is_refused_in_words(folder: Path) -> None:
+    onnx_models.one(folder / "m.onnx", "Relu", 1, ["n", "length"])
+    profile = "[{x: {min: [1, 4], opt: [8, 8], max: [8, 16]}}]"
+    (folder / "forno.yaml").write_text(
+        f"models: {{m: {{path: m.onnx, engine: tensorrt, tensorrt: {{profiles: {profile}}}}}}}\n"
+    )
+    with FornoServer(folder / "forno.yaml", transport="grpc") as server:
+        good = predict(server, np.ones((1, 16), np.float32))
+        with pytest.raises(grpc.RpcError) as caught:
+            predict(server, np.ones((1, 17), np.float32)).result()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "not built for shape [17], expected [4] to [16]" in caught.value.details()
+        assert tensors.decode(good.result().outputs[0]).shape == (1, 16)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "envoy"])
+def test_a_server_that_is_stopped_gives_up_its_build(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setenv("FAKE_TENSORRT_BUILD", '{"step_s": 60}')
+    with FornoServer(folder / "forno.yaml", transport=transport, ready=False) as server:
+        began_s = time.monotonic()
+        while "builds a plan" not in server.output():
+            assert time.monotonic() - began_s < 20, server.output()
+            assert server.process.poll() is None, server.output()
+            time.sleep(0.05)
+        server.process.terminate()
+        assert server.process.wait(10) == 0, server.output()
+        assert "Traceback" not in server.output()
+    assert not builders(folder)
+
+
+def test_the_builder_does_not_outlive_a_server_that_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TENSORRT_BUILD", '{"step_s": 60}')
+    with FornoServer(folder / "forno.yaml", transport="grpc", ready=False) as server:
+        end_s = time.monotonic() + 20
+        while not builders(folder):
+            assert time.monotonic() < end_s, server.output()
+            time.sleep(0.05)
+        server.process.kill()
+        while builders(folder):
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+
+
+def builders(folder: Path) -> list[str]:
+    """Processes that build for a test in this folder; none where there is no /proc."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"engines.tensorrt.builder" in (process / "cmdline").read_bytes():
+                told = (process / "environ").read_bytes()
+                found += [process.name] if os.fsencode(folder) in told else []
+        except OSError:
+            continue
+    return found
+
+
+def check(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "forno.server", "check", str(folder / "forno.yaml")]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_check_says_what_will_be_built(folder: Path) -> None:
+    for told in ("builds a plan, to be kept as", "takes the plan kept as"):
+        done = check(folder)
+        assert done.returncode == 0, done.stderr
+        assert f"forno: m 1: {told} {folder / 'cache' / 'forno' / 'tensorrt' / 'm-'}" in done.stderr
+        assert ".plan, with TensorRT 11.4.0.106 for Fake H200, 132 multiprocessors, driver 13" in done.stderr
+        assert "tensorrt" in done.stdout
+
+
+def test_check_without_a_gpu_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = check(folder)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "there is no device 'cuda:0'" in line

@@ -1,0 +1,97 @@
+"""TensorRT on a real GPU: plans are built from small models, run, and give what the CPU gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from tests.unit import onnx_models
+from tests.unit.test_engines import plain
+from tests.unit.test_onnx_cuda import answers, normal
+
+from forno.kernels.devices import DeviceUnavailable, attached, open_device
+from forno.server.config import ModelSettings
+from forno.server.engines import open_engine
+from forno.server.engines.tensorrt import library
+from forno.server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module", params=["cuda", "pycuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    try:
+        made = open_device(request.param)
+        if not library.find().builds:
+            pytest.skip("only a runtime of TensorRT is installed")
+    except (DeviceUnavailable, ConfigError) as error:
+        pytest.skip(str(error))
+    made.close()
+    return str(request.param)
+
+
+def opened(device: str, path: Path, graphs: bool = False, **tensorrt: Any) -> Any:
+    settings = {"cache_dir": path.parent / "cache", "optimization_level": 0, **tensorrt}
+    return open_engine(
+        path,
+        ModelSettings(
+            engine="tensorrt",
+            device=device,
+            tensorrt=settings,
+            batching={"max_rows": 8},
+            cuda={"tf32": False, "graphs": graphs},
+        ),
+    )
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (onnx_models.mlp, (normal(5, 8),)),
+        (onnx_models.two_in_two_out, (normal(3, 4), normal(3, 1))),
+        (onnx_models.filtered, (normal(6, 4),)),
+    ],
+)
+def test_answers_are_the_cpus(tmp_path: Path, device: str, make: Any, inputs: tuple[Any, ...], graphs: bool) -> None:
+    path = make(tmp_path / "m.onnx")
+    engine = opened(device, path, graphs)
+    slot = engine.new_slot(8)
+    for _ in range(3):
+        for got, want in zip(answers(engine, slot, inputs), plain(path, *inputs), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    engine.close()
+
+
+def test_the_nearest_of_two_profiles_and_version_compatible_plans(tmp_path: Path, device: str) -> None:
+    path = onnx_models.mlp(tmp_path / "m.onnx")
+    profiles = [
+        {"x": {"min": [1, 8], "opt": [1, 8], "max": [2, 8]}},
+        {"x": {"min": [1, 8], "opt": [8, 8], "max": [8, 8]}},
+    ]
+    engine = opened(device, path, profiles=profiles, version_compatible=True)
+    slot = engine.new_slot(8)
+    for rows in (1, 8, 2, 5):
+        (got,) = answers(engine, slot, (normal(rows, 8),))
+        np.testing.assert_allclose(got, plain(path, normal(rows, 8))[0], rtol=1e-4, atol=1e-4)
+    engine.close()
+
+
+def test_a_hundred_lives_leave_no_memory_behind(tmp_path: Path, device: str) -> None:
+    path = onnx_models.mlp(tmp_path / "m.onnx")
+    watcher = open_device(device)
+    free_bytes = []
+    for _ in range(101):
+        engine = opened(device, path, graphs=True)
+        slot = engine.new_slot(8)
+        for _ in range(3):
+            answers(engine, slot, (normal(8, 8),))
+        engine.close()
+        with attached(watcher):
+            free_bytes.append(watcher.memory_bytes()[0])
+    watcher.close()
+    assert free_bytes[-1] >= free_bytes[0] - (64 << 20)  # what the driver keeps for itself once a library was used
