@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -80,6 +81,12 @@ def forking(monkeypatch):
 class TestApart:
     def test_the_result_is_found_out_in_another_process(self):
         assert begin_apart(os.getpid)() != os.getpid()
+
+    def test_an_interrupt_ends_it_without_a_word(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        there = begin_apart(lambda: (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())))()
+        assert there == (signal.SIG_DFL, before)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
     def test_nothing_it_imports_stays(self, tmp_path, monkeypatch):
         def look() -> bool:

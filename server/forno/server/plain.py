@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import signal
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -57,9 +58,11 @@ def begin_apart(function: Callable[[], T]) -> Callable[[], T]:
     if not hasattr(os, "fork") or threading.active_count() > 1:
         return function
     read_end, write_end = os.pipe()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not while Python itself is half forked
     child = os.fork()
     if not child:
-        _answer(function, write_end)
+        _answer(function, write_end, mask)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.close(write_end)
 
     def wait() -> T:
@@ -71,8 +74,10 @@ def begin_apart(function: Callable[[], T]) -> Callable[[], T]:
     return wait
 
 
-def _answer(function: Callable[[], object], write_end: int) -> None:
+def _answer(function: Callable[[], object], write_end: int, mask: set[signal.Signals | int]) -> None:
     """The whole life of the other process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C is for both, and told by the first; half an import tells nonsense
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     gc.disable()  # it has not long to live
     status = 1
     try:
