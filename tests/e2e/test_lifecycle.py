@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.e2e.forno_server import TRANSPORTS, FornoServer
+from tests.e2e.forno_server import FLEET, TRANSPORTS, FornoServer
 from tests.e2e.hosts import eventually
+
+from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 
 SETTINGS = "models: {echo: {engine: 'null', 'null': {shape: [-1, 2]}}}\n"
 STATUS = health_pb2.HealthCheckResponse
@@ -79,3 +84,38 @@ def _admin_answers(folder: Path) -> bool:
     from forno.server.transport.envoy import admin
 
     return bool(admin.ask(folder / "admin.sock", "GET", "/ready"))
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, FLEET])
+def test_a_server_that_is_told_to_end_accepts_nobody_and_answers_what_it_has(tmp_path, transport):
+    path = tmp_path / "forno.yaml"
+    path.write_text(
+        "models: {slow: {engine: 'null', 'null': {shape: [-1, 2], delay_us: 100000}, batching: {max_rows: 1}}}\n"
+    )
+    with FornoServer(path, transport=transport) as server:
+        stub = predictor_pb2_grpc.PredictorStub(server.channel)
+        request = predictor_pb2.PredictRequest(model="slow", inputs=[tensors.encode("x", np.ones((1, 2), np.float32))])
+        calls = [stub.Predict.future(request, timeout=20) for _ in range(8)]
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        if transport != "grpc":
+            kept.request("GET", "/health")
+            assert kept.getresponse().read()
+        eventually(calls[0].done)
+        server.process.send_signal(signal.SIGTERM)
+
+        def refused() -> bool:
+            try:
+                socket.create_connection(("127.0.0.1", server.port), 1).close()
+            except OSError:
+                return True
+            return False
+
+        eventually(refused, 0.5)
+        assert server.process.poll() is None
+        if transport != "grpc":
+            kept.request("GET", "/health")
+            assert kept.getresponse().headers["connection"] == "close"
+        for call in calls:
+            assert call.result().model == "slow"
+        assert server.process.wait(20) == 0, server.output()
+        assert "cut off" not in server.output()

@@ -115,6 +115,7 @@ class Envoy:
         command = [
             *(self._title, "-c", str(self._bootstrap), "--disable-hot-restart"),
             *("--concurrency", str(self._config.server.envoy_threads)),
+            *("--drain-strategy", "immediate"),  # at once, not more and more often in ten minutes
             # "main" warns of each signal that ends it: that is us.
             *("-l", "warning", "--component-log-level", "main:error"),
             *("--log-path", f"/dev/fd/{write_end}", "--log-format", logs.ENVOY_FORMAT),
@@ -154,7 +155,8 @@ class Envoy:
 
     def stop_listening(self) -> None:
         """Accepts no more connections, and asks clients to leave those that they have."""
-        self.ask("POST", "/drain_listeners?graceful&skip_exit")
+        self.ask("POST", "/drain_listeners?graceful&skip_exit")  # answers say "connection: close", or GOAWAY
+        self.ask("POST", "/drain_listeners")
 
     def close(self) -> None:
         """Ends the process, has told what it logged last, and removes its files."""
