@@ -63,7 +63,7 @@ def test_the_walk_works(tmp_path):
         if server:
             server.terminate()
             server.wait(20)
-    assert asked == 7
+    assert asked == 10
 
 
 def test_the_settings_shown_are_settings():
