@@ -4,8 +4,10 @@ Usage: python -m bench.gpu [--device cuda] [--model resnet50] [--rows 64] [--sec
 
 Copies and kernels are in gigabytes a second of what they must move. `bare` is a loop of ONNX Runtime over one batch;
 `forno` answers single rows, batched up to as many, at 1, 2 and 3 instances: with always enough waiting, and in the
-sense of MLPerf's Server scenario, the largest Poisson load whose p99 is within 15 ms. `--device cpu` runs all of it
-without a GPU: to see that it does, not for its figures. Writes gpu-DEVICE-MODEL.json.
+sense of MLPerf's Server scenario, the largest Poisson load whose p99 is within 15 ms. `overlap` is the rate of three
+instances over that of one: what copies and computing gain side by side. Where `mlcommons-loadgen` is installed, its
+LoadGen asks too, by its own clock. `--device cpu` runs all of it without a GPU: to see that it does, not for its
+figures. Writes gpu-DEVICE-MODEL.json.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from unittest import mock
 
 from bench.gpu_device import copies, kernels
 from bench.gpu_engine import LATENCY_MS, bare, ours
-from bench.models import ROW_SHAPES, path_of, rows_of
+from bench.gpu_models import SUBJECTS
 from bench.report import machine, versions
 from forno.kernels.devices import NAMES, DeviceError, open_device
 from forno.kernels.devices.cpu import CpuDevice
@@ -48,19 +50,22 @@ def measure(device: str, model: str, rows: int, seconds: float) -> dict[str, Any
         "kernels": kernels(opened, _CPU_ROWS if is_cpu else _GPU_ROWS),
     }
     opened.close()
-    path, batch = path_of(model), rows_of(model, rows)
-    base = bare(path, "cpu" if is_cpu else "cuda", ordinal, batch, seconds)
+    subject = SUBJECTS[model]
+    path, batch = subject.path(), subject.rows(rows)
+    base = bare(path, "cpu" if is_cpu else "cuda", ordinal, (subject.own_rows or subject.rows)(rows), seconds)
     found["bare_rows_per_s"] = round(base)
     found["forno"] = {}
     for instances in _INSTANCES:
         if is_cpu:  # the engine for GPUs, on the CPU's device; `device: cpu` would be the plain one
             with mock.patch.object(onnx_cuda, "open_device", return_value=CpuDevice(runtime_memory=True)):
-                result = asyncio.run(ours(path, "cuda", batch, seconds, instances, rows))
+                result = asyncio.run(ours(path, "cuda", batch, seconds, instances, rows, subject.settings))
         else:
-            result = asyncio.run(ours(path, device, batch, seconds, instances, rows))
+            result = asyncio.run(ours(path, device, batch, seconds, instances, rows, subject.settings))
         result["offline_of_bare"] = round(result["offline_rows_per_s"] / base, 3)
         result["server_of_bare"] = round(result["server_rows_per_s"] / base, 3)
         found["forno"][str(instances)] = result
+    one, three = (found["forno"][str(count)]["offline_rows_per_s"] for count in (_INSTANCES[0], _INSTANCES[-1]))
+    found["overlap"] = round(three / one, 3)
     return found
 
 
@@ -68,7 +73,7 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description="Measures a GPU, ONNX Runtime on it, and Forno around that.")
     parser.add_argument("--device", default="cuda", help=f"{', '.join(NAMES)}, or cuda:1 and so on")
-    parser.add_argument("--model", default="resnet50", choices=sorted(ROW_SHAPES))
+    parser.add_argument("--model", default="resnet50", choices=sorted(SUBJECTS))
     parser.add_argument("--rows", type=int, default=64, help="of one batch")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from bench import loadgen
 from forno.server.config import BatchingSettings, ModelSettings
 from forno.server.metrics import Metrics
 from forno.server.model import Model
 from forno.server.request import Request
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from forno.server.request import Answer
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 LATENCY_MS = 15.0  # MLPerf's limit for ResNet-50 in its Server scenario
+_MOST_PENDING = 65536
+_SPARE = 0.9  # of the load that just held, for another clock's Poisson
 _LOADS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -51,12 +55,15 @@ def bare(path: Path, kind: str, ordinal: int, batch: Array, seconds: float) -> f
     return (runs - 2) * len(batch) / (now - began)
 
 
-async def ours(path: Path, device: str, rows: Array, seconds: float, instances: int, max_rows: int) -> dict[str, Any]:
+async def ours(
+    path: Path, device: str, rows: Array, seconds: float, instances: int, max_rows: int, more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Rows a second with always enough waiting, and the largest load whose p99 stays within LATENCY_MS."""
     settings = ModelSettings(
         device=device,
         instances=instances,
-        batching=BatchingSettings(tune="off", max_rows=max_rows, max_pending_rows=65536),
+        batching=BatchingSettings(tune="off", max_rows=max_rows, max_pending_rows=_MOST_PENDING),
+        **more,
     )
     model = Model("bench", "1", path, settings, Metrics().model("bench", "1"))
     await model.load()
@@ -69,9 +76,20 @@ async def ours(path: Path, device: str, rows: Array, seconds: float, instances: 
         loads.append({"share": share, "p50_ms": p50_ms, "p99_ms": p99_ms, "rows_per_s": reached})
         if p99_ms > LATENCY_MS:
             break
-    await model.close(5)
     kept = [load["rows_per_s"] for load in loads if load["p99_ms"] <= LATENCY_MS]
-    return {"offline_rows_per_s": round(offline), "server_rows_per_s": max(kept, default=0), "loads": loads}
+    found: dict[str, Any] = {
+        "offline_rows_per_s": round(offline),
+        "server_rows_per_s": max(kept, default=0),
+        "loads": loads,
+    }
+    if loadgen.IS_THERE:
+        rates = {"Server": (max(kept) if kept else offline / 2) * _SPARE, "Offline": offline}
+        found["loadgen"] = {
+            name: await loadgen.scenario(name, caller.ask, seconds=seconds, rate=rate, latency_ms=LATENCY_MS)
+            for name, rate in rates.items()
+        }
+    await model.close(5)
+    return found
 
 
 class _Caller:
@@ -82,7 +100,8 @@ class _Caller:
         self._rows = [rows[index : index + 1] for index in range(len(rows))]
         self._asked = 0
 
-    def _ask(self) -> asyncio.Future[int]:
+    def ask(self) -> asyncio.Future[int]:
+        """Asks for the next row."""
         self._asked += 1
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         row = self._rows[self._asked % len(self._rows)]
@@ -96,7 +115,7 @@ class _Caller:
         async def call() -> None:
             nonlocal answered
             while time.perf_counter() < ends:
-                await self._ask()
+                await self.ask()
                 answered += 1
 
         began = time.perf_counter()
@@ -117,7 +136,7 @@ class _Caller:
         for at in due:
             while (now := time.perf_counter() - began) < at:  # noqa: ASYNC110  (timers are too coarse)
                 await asyncio.sleep(0 if at - now < 0.001 else at - now - 0.001)
-            future = self._ask()
+            future = self.ask()
             future.add_done_callback(partial(answered, at))
             waiting.append(future)
         await asyncio.gather(*waiting)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.e2e.forno_server import forno
+from tests.e2e.forno_server import ROOT, environment, forno
 from tests.unit import onnx_models
 
 if TYPE_CHECKING:
@@ -22,3 +24,18 @@ def test_a_device_that_is_not_there_ends_the_start(tmp_path: Path, device: str) 
     (line,) = done.stderr.splitlines()
     assert line.startswith("forno: ")
     assert device.partition(":")[0] in line
+
+
+def test_the_check_of_a_gpu_ends_in_one_line_without_one() -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "tools" / "gpu_check.sh")],
+        env={**environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHON_BIN": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 3, done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gpu-check: ")
+    assert done.stdout == ""
