@@ -363,6 +363,20 @@ def test_an_idle_engine_puts_an_old_estimate_to_the_test(make):
     assert policy.try_close(1_000_001).requests == [probe]
 
 
+def test_an_idle_engine_tries_what_it_can_make_while_little_is_known(make):
+    policy = batcher(max_rows=1)
+    policy._tuner_of(((2,),)).cost.learn(1, 50_000)
+    policy._ran_us = 1
+    with pytest.raises(Overloaded, match=r"be answered after \d+ us; it did not run"):
+        policy.submit(make(expires_us=45_000))
+    attempt = make(expires_us=60_000)
+    policy.submit(attempt)
+    assert policy.try_close(0).requests == [attempt]
+    policy.free_us = 50_000
+    with pytest.raises(Overloaded, match="behind the requests ahead; it did not run"):
+        policy.submit(make(expires_us=110_000))
+
+
 def test_what_became_hopeless_is_refused_before_it_runs(make):
     policy = known(batcher(), 1000)
     late, early = make(expires_us=3_000), make(expires_us=9_000)

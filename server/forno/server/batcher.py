@@ -247,12 +247,17 @@ class Batcher:
         late_us, others_late_us = answered_us - request.answer_by_us, 0.0
         if late_us <= 0 and group is not None:
             others_late_us = makes_late_us(group, request, urgent_us, starts_us, self._instances)
-        if max(late_us, others_late_us) <= 0 or (not self.pending_rows and self._is_stale(now_us)):
+        if max(late_us, others_late_us) <= 0:
             return
+        is_idle = not self.pending_rows and self.free_us <= now_us
+        alone_us = starts_us + tuner.cost.typical_us(request.rows)
+        if is_idle and (alone_us <= request.answer_by_us or self._is_stale(now_us)):
+            return  # it makes nobody late, and what is not tried is not learned
         if others_late_us > 0:
             why = "would make requests late that were taken before it"
         else:
-            why = f"would be answered after {int(answered_us) - now_us} us, behind the requests ahead"
+            behind = "" if is_idle else ", behind the requests ahead"
+            why = f"would be answered after {int(answered_us) - now_us} us{behind}"
         self._refused("overloaded", 1)
         raise Overloaded(
             f"the request's deadline is {request.answer_by_us - now_us} us away, and it {why}; it did not run. "
