@@ -14,7 +14,9 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -245,6 +247,9 @@ def main() -> None:
                 print(table(points[-1:]).splitlines()[-1], flush=True)
     results = ROOT / "results"
     record = {
+        "command": shlex.join(["python", "-m", "bench.goodput", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "method": f"in process, medians of {options.rounds} rounds of {options.seconds} s",
         "machine": report.machine(),
         "versions": report.versions(ROOT.parent),
         "settings": SETTINGS.model_dump(mode="json", include={"null", "batching"}),
@@ -254,7 +259,7 @@ def main() -> None:
     }
     (results / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     about = f"Capacity is {capacity:.0f} rows a second: 2 ms a run and 1 ms a row, in batches of up to {MAX_ROWS}.\n\n"
-    (results / f"{options.name}.md").write_text("# Goodput\n\n" + about + table(points))
+    (results / f"{options.name}.md").write_text(f"# Goodput\n\n{report.header(record)}\n\n{about}{table(points)}")
     lines = {
         name: [(p.load, p.goodput) for p in points if p.policy == name and p.deadlines == "equal"]
         for name in options.policies.split(";")

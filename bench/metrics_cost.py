@@ -3,8 +3,8 @@
 Usage: python -m bench.metrics_cost
 
 Every batch is recorded once, every call's status is counted. The time of both, for each call, is put beside
-what a call costs the server in all (`bench/results/latest.json`, where there is one). A difference between a
-server with and one without metrics would be smaller than the drift of a machine.
+what a call costs the server in all, as `results/tiny.json` has it. A difference between a server with and one without
+metrics would be smaller than the drift of a machine. Writes results/metrics_cost.json and results/metrics_cost.md.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 
+from bench import report
+from bench.subjects import ROOT
 from forno.server.metrics import Metrics
 
 CALLS = 200_000
 REPEATS = 5
 METHOD = "forno.v1.Predictor/Predict"
-RESULTS = Path(__file__).parent / "results" / "latest.json"
+RESULTS = ROOT / "bench" / "results"
 
 
 def record_us_per_call(calls_per_batch: int) -> float:
@@ -54,29 +55,41 @@ def scrape_us(models: int) -> float:
 
 
 def cpu_us_per_call() -> dict[int, float]:
-    """Server CPU of a call by calls in flight, as last measured; empty without a measurement."""
-    if not RESULTS.exists():
-        return {}
-    rows = json.loads(RESULTS.read_text())["summary"]
+    """Server CPU of a call by calls in flight, as last measured."""
+    rows = json.loads((RESULTS / "tiny.json").read_text())["summary"]
     return {row["in_flight"]: row["cpu_us_per_call"] for row in rows if row["subject"] == "forno"}
 
 
 def main() -> int:
-    """Measures and prints.
+    """Measures and writes.
 
     Returns:
         Exit status 0.
     """
     whole_us = cpu_us_per_call()
-    for calls_per_batch in (1, 16, 64):
-        cost_us = record_us_per_call(calls_per_batch)
-        text = f"{calls_per_batch:>3} calls a batch: {cost_us:.3f} us a call"
-        if calls_per_batch in whole_us:
-            share = cost_us / whole_us[calls_per_batch]
-            text += f", {share:.2%} of the {whole_us[calls_per_batch]:.1f} us that a call costs the server"
-        print(text)
-    for models in (1, 20):
-        print(f"a scrape of {models} models: {scrape_us(models):.0f} us")
+    lines = [
+        "| calls a batch | recording, us a call | what a call costs the server, us | share |",
+        "| --- | --- | --- | --- |",
+    ]
+    records: list[report.Record] = []
+    for calls in sorted(whole_us):
+        cost_us = record_us_per_call(calls)
+        records.append({"calls_a_batch": calls, "recording_us": round(cost_us, 3), "call_us": whole_us[calls]})
+        lines.append(f"| {calls} | {cost_us:.3f} | {whole_us[calls]:.1f} | {cost_us / whole_us[calls]:.2%} |")
+    scrapes_us = {models: round(scrape_us(models)) for models in (1, 20)}
+    lines += ["", *[f"A scrape of {models} models: {took_us} us." for models, took_us in scrapes_us.items()]]
+    facts: report.Record = {
+        "command": "python -m bench.metrics_cost",
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "method": f"in process, {CALLS:,} calls, best of {REPEATS}; what a call costs is that of results/tiny.json",
+        "machine": report.machine(),
+        "versions": report.versions(ROOT),
+        "records": records,
+        "scrapes_us": scrapes_us,
+    }
+    text = "\n".join(lines)
+    report.write(RESULTS, "metrics_cost", facts, text)
+    print(text)
     return 0
 
 
