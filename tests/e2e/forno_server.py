@@ -28,6 +28,12 @@ ROOT = Path(__file__).parents[2]
 ROOTS = [str(ROOT / name) for name in ("proto", "server", "kernels", "clients/python")]
 TRANSPORTS = ("envoy", "proxy", "grpc")
 FORNO = (sys.executable, "-m", "forno.server")
+CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 50),  # a server that starts is tried again soon, not after a second
+    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.max_receive_message_length", 1 << 28),
+    ("grpc.max_send_message_length", 1 << 28),
+]
 FLEET = "fleet"
 """One replica inside Envoy behind an edge, as if that were a transport of its own."""
 
@@ -100,10 +106,7 @@ class FornoServer:
         self.process = subprocess.Popen(
             self._command, env=environment(), stdout=self._log, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
-        self.channel = grpc.insecure_channel(
-            self.target,
-            options=[("grpc.max_receive_message_length", 1 << 28), ("grpc.max_send_message_length", 1 << 28)],
-        )
+        self.channel = grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
         if self._ready:
             try:
                 self.wait_ready()

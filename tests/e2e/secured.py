@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from tests.e2e.forno_server import FornoServer, Reply
+from tests.e2e.forno_server import CHANNEL_OPTIONS, FornoServer, Reply
 
 from forno.server.security import keys
 from forno.v1 import predictor_pb2, tensors
@@ -206,7 +206,7 @@ class SecuredServer(FornoServer):
 
     def connect(self, certificate: Pair | None = None) -> grpc.Channel:
         """A connection of its own."""
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         if not self._encrypted:
             return grpc.insecure_channel(self.target, options)
         chain, key = certificate or (None, None)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SLOW_S = 0.25
-SETTINGS = f"""
+SETTINGS = """
 models:
-  slow: {{engine: 'null', 'null': {{delay_us: {int(SLOW_S * 1e6)}, shape: [-1, 2]}}, batching: {{max_rows: 64}}}}
+  slow: {{engine: 'null', 'null': {{delay_us: {delay_us}, shape: [-1, 2]}}, batching: {{max_rows: 64}}}}
 """
 
 # Every kind of call at once, without end. Run as a program of its own, so that it can be killed.
@@ -94,8 +94,15 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     path = tmp_path / "forno.yaml"
-    path.write_text(SETTINGS)
+    path.write_text(SETTINGS.format(delay_us=int(SLOW_S * 1e6)))
     return path
+
+
+@pytest.fixture
+def quick(settings: Path) -> Path:
+    """The same where nothing has to be in flight: slow runs are slow to warm up."""
+    settings.write_text(SETTINGS.format(delay_us=0))
+    return settings
 
 
 def predict(channel: grpc.Channel, wait_for_ready: bool = False) -> predictor_pb2.PredictResponse:
@@ -189,8 +196,8 @@ def test_a_server_that_is_stopped_under_load_ends_in_time(settings, transport):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_nothing_outlives_a_server_that_is_killed(settings, transport):
-    with FornoServer(settings, transport=transport) as server:
+def test_nothing_outlives_a_server_that_is_killed(quick, transport):
+    with FornoServer(quick, transport=transport) as server:
         started = children(server.process.pid)
         assert bool(started) == (transport != "grpc")
         server.process.kill()
@@ -202,8 +209,8 @@ def test_nothing_outlives_a_server_that_is_killed(settings, transport):
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_server_whose_envoy_dies_says_so_and_ends(settings):
-    with FornoServer(settings) as server:
+def test_a_server_whose_envoy_dies_says_so_and_ends(quick):
+    with FornoServer(quick) as server:
         (envoy, *_) = children(server.process.pid)
         os.kill(envoy, signal.SIGKILL)
         assert server.process.wait(10) == 1
@@ -211,9 +218,9 @@ def test_a_server_whose_envoy_dies_says_so_and_ends(settings):
 
 
 @pytest.mark.parametrize("transport", ["envoy", "grpc"])
-def test_a_second_server_on_the_same_port_says_so(settings, transport):
-    with FornoServer(settings, transport=transport) as server:
-        second = forno("serve", settings, "--address", server.target, "--transport", transport)
+def test_a_second_server_on_the_same_port_says_so(quick, transport):
+    with FornoServer(quick, transport=transport) as server:
+        second = forno("serve", quick, "--address", server.target, "--transport", transport)
         assert second.returncode == 2
         assert f"cannot listen on {server.target}: address already in use" in second.stderr
         assert "Traceback" not in second.stderr
