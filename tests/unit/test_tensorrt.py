@@ -15,11 +15,13 @@ from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 from tests.unit.test_onnx_cuda import answers, normal
 
+from forno.kernels import build
+from forno.kernels.devices import DeviceError
 from forno.server.config import ModelSettings
 from forno.server.engines import device_name, open_engine, tensorrt
 from forno.server.engines.tensorrt import library
 from forno.server.engines.tensorrt.engine import RunFailed, TensorrtEngine
-from forno.server.errors import ConfigError, InvalidArgument
+from forno.server.errors import ConfigError, EngineLost, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,9 +173,13 @@ def test_a_refused_run_leaves_the_slot_usable(tmp_path: Path, device: Any, monke
         patch.setattr(context, "execute_async_v3", lambda stream: context._failed("enqueueV3: out of luck"))
         with pytest.raises(RunFailed, match="out of luck"):
             answers(engine, slot, (normal(2, 8),))
-    np.testing.assert_allclose(
-        answers(engine, slot, (normal(3, 8),))[0], plain(model, normal(3, 8))[0], rtol=1e-5, atol=1e-5
-    )
+    answers(engine, slot, (normal(3, 8),))
+    with monkeypatch.context() as patch:  # after the shapes of 2 rows were told
+        patch.setattr(context, "infer_shapes", lambda: ["x"])
+        with pytest.raises(RunFailed, match="shapes do not follow from the inputs, for want of x"):
+            answers(engine, slot, (normal(2, 8),))
+    for given in (2 * normal(3, 8), normal(2, 8)):
+        np.testing.assert_allclose(answers(engine, slot, (given,))[0], plain(model, given)[0], rtol=1e-5, atol=1e-5)
     engine.close()
 
 
@@ -348,3 +354,68 @@ def test_rows_that_neither_settings_nor_plan_allow(
         live(monkeypatch, device, plan, None, batching={"max_rows": 4})
     with pytest.raises(ConfigError, match=r"padding\.allowed_rows is \[2, 4\], but the plan runs 8 to 16 rows"):
         live(monkeypatch, device, plan, None, padding={"allowed_rows": [2, 4]})
+
+
+@pytest.mark.skipif(not build.compiler(), reason="the kernels need a C++ compiler on the CPU")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_images_in_and_best_classes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Any, graphs: bool
+) -> None:
+    device.architecture = "cpu"  # for whose kernels are built
+    model = onnx_models.seeing(tmp_path / "m.onnx")
+    plan = plans.write(tmp_path / "m.plan", model, {"image": [[1, 3, 6, 5], [4, 3, 6, 5], [8, 3, 6, 5]]})
+    pictures = [np.random.default_rng(seed).integers(0, 256, (1, 6, 5, 3), np.uint8) for seed in range(20)]
+    floats = np.concatenate([picture.transpose(0, 3, 1, 2).astype(np.float32) / 255 for picture in pictures])
+    scores = plain(model, floats)[0]
+
+    async def check(served: Any) -> None:
+        for _ in range(3):  # with graphs, the later ones are replayed
+            got = await asyncio.gather(*[ask(served, image=picture) for picture in pictures])
+            best, classes = (np.concatenate(parts) for parts in zip(*got, strict=True))
+            np.testing.assert_array_equal(classes, np.argsort(-scores, axis=1)[:, :2])
+            np.testing.assert_allclose(best, -np.sort(-scores, axis=1)[:, :2], rtol=1e-4, atol=1e-4)
+
+    live(
+        monkeypatch, device, plan, check, engine="tensorrt", preprocess={"mean": [0, 0, 0], "std": [1, 1, 1]},
+        postprocess={"top_k": 2, "softmax": False}, cuda={"graphs": graphs}, batching={"max_rows": 8},
+    )  # fmt: skip
+    assert bool(device.replays) == graphs
+
+
+def test_a_device_that_is_lost_takes_the_engine_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost(plans.StrictDevice):
+        lost = False
+
+        def finish(self, stream: int) -> None:
+            self._check()
+            super().finish(stream)
+
+        def synchronize(self, event: int) -> None:
+            self._check()
+            super().synchronize(event)
+
+        def free(self, pointer: int) -> None:
+            self._check()
+            super().free(pointer)
+
+        def close_graph(self, graph: int) -> None:
+            self._check()
+            super().close_graph(graph)
+
+        def _check(self) -> None:
+            if self.lost:
+                raise DeviceError("an address that is not there")
+
+    device = Lost()
+    plans.installed(monkeypatch, device)
+    plan, _ = mlp(tmp_path)
+    engine = opened(plan, device, cuda={"graphs": True})
+    slot = engine.new_slot(4)
+    for _ in range(3):
+        answers(engine, slot, (normal(2, 8),))
+    device.lost = True
+    for _ in range(2):
+        with pytest.raises(EngineLost, match=r"device 'cuda:0' is lost to this process: an address that is not there"):
+            answers(engine, slot, (normal(2, 8),))
+    engine.close()  # gives back what can be, and raises nothing
+    plans.uninstalled()

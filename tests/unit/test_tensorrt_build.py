@@ -213,6 +213,13 @@ def test_a_build_that_nobody_waits_for_is_killed(bench: Bench) -> None:
     assert time.monotonic() - began_s < 15
 
 
+def test_waiting_for_another_build_ends_with_the_server(bench: Bench) -> None:
+    stopping = threading.Event()
+    stopping.set()
+    with bench.plans()._cache.turn(pytest.fail), pytest.raises(NotReady, match="because the server ends"):
+        bench.plans(stopping=stopping).ready()
+
+
 def test_processes_take_turns_and_build_once(bench: Bench, caplog: Any) -> None:
     bench.wish(step_s=0.1)
     results: list[Path] = []
