@@ -93,10 +93,9 @@ def test_the_metrics_name_each_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None
     specs = [ModelSpec(name, "1", None, settings) for name in ("a", "b", "c", "d")]
     server = Server(Config(), specs, "127.0.0.1:0", rest=False, show=None)
     models = server.registry.models()
-    for model, gpu in zip(
-        models, (Gpu("cuda:0", "x"), Gpu("cuda:0", "x"), Gpu("cuda:1", "y"), Gpu("", "")), strict=True
-    ):
-        model.gpu = gpu
+    gpus = [(Gpu("cuda:0", "x"),), (Gpu("cuda:0", "x"), Gpu("cuda:1", "y")), (Gpu("cpu:0", ""),), ()]
+    for model, gpu in zip(models, gpus, strict=True):
+        model.gpus = gpu
     told = {"x": Reading(1, 2, 0.5), "y": None}
     monkeypatch.setattr(server._nvml, "read", told.__getitem__)
     gauges = [gauge for gauge in server._gauges() if "gpu" in gauge[0]]

@@ -21,6 +21,7 @@ from forno.server.proof import proven
 from forno.server.shapes import plan, rows_limit
 from forno.server.sharing import weigh_this_thread
 from forno.server.signature import Signature
+from forno.server.slots import rings_of
 from forno.server.splitting import parts_of
 from forno.server.warmup import WarmUp, warm_up
 from forno.server.worker import SPARE_SLOTS, Worker
@@ -117,7 +118,7 @@ class Model:
         self.signature = Signature((), (), batched=False)
         self.max_rows = 1
         self.processing = Processing(None, None)  # what is done around its runs
-        self.gpu = Gpu("", "")  # where it runs; empty names where that is no GPU
+        self.gpus: tuple[Gpu, ...] = ()  # where it runs; none = on the CPU
         self.example_shapes: tuple[tuple[int, ...], ...] = ()  # of inputs that passed the first runs; empty if none did
         self.on_failed: Callable[[], None] = lambda: None
         """Called when it fails after it was ready; `error` says why."""
@@ -241,9 +242,8 @@ class Model:
         self.engine_name = engine_name(self.path, self.settings)
         engine = open_engine(self.path, self.settings, self.stopping)
         try:
-            ring = getattr(engine, "ring", None)
-            if ring is not None:
-                self.gpu = Gpu(f"{ring.device.name}:{ring.device.ordinal}", ring.device.bus_id)
+            devices = [ring.device for ring in rings_of(engine)]
+            self.gpus = tuple([Gpu(f"{device.name}:{device.ordinal}", device.bus_id) for device in devices])
             warm = self._prove(engine)
             if not warm.signature.batched:
                 self.max_rows = 1
@@ -254,7 +254,7 @@ class Model:
 
                 self.processing = processing
                 engine, warm = processed(engine, processing, warm)
-            slots = [engine.new_slot(self.max_rows) for _ in range(self.settings.instances + SPARE_SLOTS)]
+            slots = [engine.new_slot(self.max_rows) for _ in range(self.settings.runs_at_once + SPARE_SLOTS)]
             return engine, warm, slots
         except ConfigError as error:
             engine.close()
@@ -304,7 +304,7 @@ class Model:
             batching,
             self.max_rows,
             by_shape=warm.signature.batched and open_shapes,
-            instances=self.settings.instances,
+            instances=self.settings.runs_at_once,
             refused=self._metrics.refused,
             samples=warm.samples,
         )
@@ -316,7 +316,7 @@ class Model:
             slots=slots,
             run_us=warm.run_us,
             inline_below_us=self.settings.inline_below_us if warm.inline and self.settings.cpu_weight == 1 else 0,
-            instances=self.settings.instances,
+            instances=self.settings.runs_at_once,
             cpu_weight=self.settings.cpu_weight,
             clock_us=self._clock_us,
             loop=asyncio.get_running_loop(),

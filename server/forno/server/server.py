@@ -270,7 +270,7 @@ class Server:
                 yield "forno_cache_bytes", labels, model.cache.kept_bytes
                 yield "forno_cache_entries", labels, len(model.cache)
             yield "forno_model_state", {**labels, "state": model.state.name.lower()}, 1.0
-        for gpu in sorted({model.gpu for model in self.registry.models() if model.gpu.bus_id}):
+        for gpu in sorted({gpu for model in self.registry.models() for gpu in model.gpus if gpu.bus_id}):
             reading = self._nvml.read(gpu.bus_id)
             if reading is not None:
                 yield "forno_gpu_memory_used_bytes", {"gpu": gpu.name}, reading.used_bytes

@@ -258,6 +258,9 @@ class ModelSettings(Settings):
     device: str | None = None
     """Where it runs: `cpu`; `cuda` or `cuda:1`, an NVIDIA GPU by its number; `pycuda`, the same through PyCUDA. With
     `instances` above 1, batches are copied while others are computed. Unset = `cpu`, and `cuda` for TensorRT."""
+    devices: tuple[Annotated[int, Field(strict=True, ge=0, le=255)], ...] = ()
+    """Numbers of the GPUs that it runs on, such as [0, 1], where those are several: each has a copy of it, and
+    `instances` of its own. `device` then says only through what: cuda or pycuda."""
     cuda: CudaSettings = CudaSettings()
     """Settings of the GPU."""
     onnx: OnnxSettings = OnnxSettings()
@@ -282,6 +285,27 @@ class ModelSettings(Settings):
         if device is not None and not re.fullmatch(r"cpu|(cuda|pycuda)(:\d{1,3})?", device):
             raise ValueError("cpu, cuda or pycuda, the last two with a number where there are several, such as cuda:1")
         return device
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelSettings:
+        if (
+            self.devices
+            and self.device not in ("cuda", "pycuda")
+            and not (self.device is None and self.engine == "tensorrt")
+        ):
+            raise ValueError(
+                f"`devices` numbers GPUs, but `device` is {self.device or 'unset'}: set it to cuda or pycuda"
+            )
+        if len(set(self.devices)) < len(self.devices):
+            raise ValueError(
+                f"`devices` is {list(self.devices)}: each number once, and `instances` for more runs at once"
+            )
+        return self
+
+    @property
+    def runs_at_once(self) -> int:
+        """Most runs at once, on all devices."""
+        return self.instances * max(1, len(self.devices))
 
     @model_validator(mode="after")
     def _processed_or_padded(self) -> ModelSettings:

@@ -91,6 +91,8 @@ def open_engine(path: Path | None, settings: ModelSettings, stopping: threading.
     """
     if stopping is not None and stopping.is_set():
         raise NotReady("it was stopped before it was loaded")
+    if settings.devices:
+        return _spread(path, settings, stopping)
     name, device = engine_name(path, settings), device_name(path, settings)
     if name == "null":
         if device != "cpu":
@@ -111,3 +113,18 @@ def open_engine(path: Path | None, settings: ModelSettings, stopping: threading.
     from forno.server.engines.onnx import OnnxEngine  # noqa: PLC0415
 
     return OnnxEngine(path, settings.onnx, settings.instances)
+
+
+def _spread(path: Path | None, settings: ModelSettings, stopping: threading.Event | None) -> Engine[Any]:
+    from forno.server.engines.spread import SpreadEngine  # noqa: PLC0415
+
+    engines: list[Engine[Any]] = []
+    try:
+        for number in settings.devices:
+            own = settings.model_copy(update={"devices": (), "device": f"{device_name(path, settings)}:{number}"})
+            engines.append(open_engine(path, own, stopping))
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    return SpreadEngine(engines)

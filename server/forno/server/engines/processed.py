@@ -12,6 +12,7 @@ from forno.kernels.build import BuildFailed
 from forno.kernels.devices import DeviceError
 from forno.server.errors import ConfigError
 from forno.server.profiles import Profiles
+from forno.server.slots import rings_of
 from forno.server.slots.processed import DeviceProcessedSlot, HostProcessedSlot, process
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ class ProcessedEngine:
         self.signature = processing.seen_from_outside(engine.signature)
         self._engine = engine
         self._processing = processing
-        ring = getattr(engine, "ring", None)
         self.profiles = engine.profiles if processing.image is None else Profiles()  # every image becomes of one shape
-        if ring is not None:
+        for ring in rings_of(engine):
             try:
                 process(ring, processing)
             except (DeviceError, BuildFailed) as error:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from forno.server.slots.cuda import Ring
+
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -27,3 +29,12 @@ class Slot(Protocol):
 
     def release(self) -> None:
         """Lets go of everything that belongs to the requests."""
+
+
+def rings_of(engine: object) -> tuple[Ring, ...]:
+    """Those that carry an engine's slots: one for each GPU, none on the CPU."""
+    rings = getattr(engine, "rings", None)
+    if rings is None:
+        ring = getattr(engine, "ring", None)
+        rings = () if ring is None else (ring,)
+    return tuple(rings)
