@@ -316,8 +316,7 @@ void Stream::on_trailers(void* filter) {
 void Stream::on_watermark(bool above) {
   above_watermark_ += above ? 1 : -1;
   if (above_watermark_) return;
-  std::lock_guard<std::mutex> lock(mutex_);
-  schedule_locked();  // not flush: Envoy says this in the middle of its own writing
+  schedule(std::unique_lock<std::mutex>(mutex_));  // not flush: Envoy says this in the middle of its own writing
 }
 
 void Stream::flush(void* filter) {
@@ -389,6 +388,7 @@ void Stream::on_gone() {
     cancelled = announced_ && !answered_;
     parts_.clear();
     reply_.clear();
+    std::lock_guard<std::mutex> committing(scheduler_mutex_);  // Envoy's thread may end after this
     if (scheduler_) envoy_dynamic_module_callback_http_filter_scheduler_delete(scheduler_);
     scheduler_ = nullptr;
   }

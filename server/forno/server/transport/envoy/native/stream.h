@@ -157,7 +157,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
   void send_response(void* filter, const Part& response);
   void resume(void* filter);
   void flush(void* filter);
-  void schedule_locked();
+  // Has the worker look at this stream. Releases the lock, which is `mutex_`'s, before it wakes the worker: that would
+  // otherwise begin by waiting for it, on another processor.
+  void schedule(std::unique_lock<std::mutex> lock);
   std::string& room_locked(size_t size);
   Message message_of(std::string bytes, size_t begin, bool compressed) const;
 
@@ -186,12 +188,13 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool too_large_ = false;  // the body of an HTTP call
   std::unique_ptr<JsonSplitter> json_;  // of an HTTP call whose method takes split bodies
 
+  std::mutex scheduler_mutex_;  // taken while mutex_ is held, never before it
   std::mutex mutex_;  // guards all below
   std::vector<Part> parts_;
   std::string reply_;  // instead of parts
   size_t parts_bytes_ = 0;
   size_t inbox_bytes_ = 0;
-  void* scheduler_ = nullptr;
+  void* scheduler_ = nullptr;  // while it is used, scheduler_mutex_ is held
   bool scheduled_ = false;
   bool want_resume_ = false;
   bool want_writable_ = false;

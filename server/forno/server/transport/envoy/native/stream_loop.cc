@@ -55,14 +55,16 @@ std::vector<Event> Inbox::take() {
   return events;
 }
 
-void Stream::schedule_locked() {
+void Stream::schedule(std::unique_lock<std::mutex> lock) {
   if (scheduled_ || gone_ || !scheduler_) return;
   scheduled_ = true;
+  std::lock_guard<std::mutex> committing(scheduler_mutex_);
+  lock.unlock();
   envoy_dynamic_module_callback_http_filter_scheduler_commit(scheduler_, 0);
 }
 
 void Stream::send(std::vector<Part> parts) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (gone_ || answered_) return;
   for (Part& part : parts) {
     answered_ = answered_ || part.kind == Part::kStatus || part.kind == Part::kResponse;
@@ -72,7 +74,7 @@ void Stream::send(std::vector<Part> parts) {
       parts_.push_back(std::move(part));
     }
   }
-  schedule_locked();
+  schedule(std::move(lock));
 }
 
 // Where a message of so many bytes, prefix included, is to be added.
@@ -99,22 +101,19 @@ void Stream::reply(const Piece* pieces, size_t count) {
   for (size_t i = 0; i < count; i++) out.append(pieces[i]);
 }
 
-void Stream::commit() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  schedule_locked();
-}
+void Stream::commit() { schedule(std::unique_lock<std::mutex>(mutex_)); }
 
 void Stream::let_in(bool remember) {
   if (remember) callers().add(method, credential);
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   want_resume_ = true;
-  schedule_locked();
+  schedule(std::move(lock));
 }
 
 void Stream::consumed(size_t bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   inbox_bytes_ -= std::min(inbox_bytes_, bytes + kMessageOverheadBytes);
-  if (want_resume_ && inbox_bytes_ <= methods_->max_inbox_bytes) schedule_locked();
+  if (want_resume_ && inbox_bytes_ <= methods_->max_inbox_bytes) schedule(std::move(lock));
 }
 
 bool Stream::gone() {
