@@ -129,6 +129,7 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "stat_prefix": STAT_PREFIX,
         "codec_type": "AUTO",
         "server_name": "forno",
+        "generate_request_id": False,  # nobody asks for it, and what a caller sends comes as it is
         "normalize_path": True,
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",

@@ -27,6 +27,7 @@ LASTING = (
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
 """Methods whose calls may last, and be silent for long."""
+_WITHOUT_TRANSCODER = {"rest": {"@type": f"{TYPES}.config.route.v3.FilterConfig", "disabled": True}}
 
 
 class End(Protocol):
@@ -67,7 +68,7 @@ class ModuleEnd:
         past = [
             http_route(path, route("servicers"), {"forno": _taking(method)}) for method, path in HTTP_ROUTES.items()
         ]
-        return [*past, {"match": {"prefix": "/"}, "route": route("servicers")}]
+        return [_grpc_route(), *past, {"match": {"prefix": "/"}, "route": route("servicers")}]
 
     def clusters(self) -> list[dict[str, Any]]:
         """None."""
@@ -109,14 +110,14 @@ def bounded(routes: list[dict[str, Any]], max_call_s: float) -> list[dict[str, A
     def leads(match: dict[str, Any], path: str) -> bool:
         return match.get("path") == path or path.startswith(match.get("prefix", "?"))
 
-    lasting = []
+    silent = {"idle_timeout": f"{MAX_STREAM_S}s", "max_stream_duration": _duration(0, MAX_STREAM_S)}
+    lasting: list[dict[str, Any]] = []
     for path in LASTING:
-        usual = next((route for route in routes if "route" in route and leads(route["match"], path)), None)
-        if usual is None:
-            continue
-        match = {key: value for key, value in usual["match"].items() if key != "prefix"} | {"path": path}
-        silent = {"idle_timeout": f"{MAX_STREAM_S}s", "max_stream_duration": _duration(0, MAX_STREAM_S)}
-        lasting.append({**usual, "match": match, "route": usual["route"] | silent})
+        for usual in routes:
+            if "route" in usual and leads(usual["match"], path):
+                match = {key: value for key, value in usual["match"].items() if key != "prefix"} | {"path": path}
+                if all(match != earlier["match"] for earlier in lasting):
+                    lasting.append({**usual, "match": match, "route": usual["route"] | silent})
     limit = {"max_stream_duration": _duration(max_call_s, max_call_s)}
     return [*lasting, *({**one, "route": one["route"] | limit} if "route" in one else one for one in routes)]
 
@@ -128,6 +129,19 @@ def _duration(most_s: float, longest_deadline_s: float) -> dict[str, str]:
 
 def _module() -> dict[str, Any]:
     return {"module": {"local": {"filename": str(MODULE)}}, "do_not_close": True}
+
+
+def _grpc_route() -> dict[str, Any]:
+    """Of gRPC calls, which the transcoder would only pass on: left out, it costs nothing.
+
+    It passes other content types of gRPC as well, such as application/grpc+proto; those go by the usual route.
+    """
+    exactly = {"name": "content-type", "string_match": {"exact": "application/grpc"}}
+    return {
+        "match": {"prefix": "/", "headers": [exactly]},
+        "route": route("servicers"),
+        "typed_per_filter_config": _WITHOUT_TRANSCODER,
+    }
 
 
 def http_route(path: str, way: dict[str, Any], filters: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -143,11 +157,10 @@ def http_route(path: str, way: dict[str, Any], filters: dict[str, Any] | None = 
         {"name": ":path", "string_match": {"safe_regex": {"regex": path}}},
         {**is_grpc(), "invert_match": True},
     ]
-    without = {"@type": f"{TYPES}.config.route.v3.FilterConfig", "disabled": True}
     return {
         "match": {"prefix": "/v1/", "headers": headers},
         "route": way,
-        "typed_per_filter_config": {"rest": without, **(filters or {})},
+        "typed_per_filter_config": {**_WITHOUT_TRANSCODER, **(filters or {})},
     }
 
 
