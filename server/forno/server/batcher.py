@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from forno.server import dropping
 from forno.server.admission import expected_us, makes_late_us, surely_in_time
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
 from forno.server.filling import Filling, take_in_order
-from forno.server.request import NEVER_US, Batch, Request, callers
+from forno.server.request import NEVER_US, Batch, Request
 from forno.server.scheduling import Group, due_us
 from forno.server.tuning import Tuner
 
@@ -87,6 +88,9 @@ class Batcher:
         self._instances = instances
         self._refused = refused
         self._groups: dict[RowShapes, Group] = {}
+        self._alone: tuple[Request, RowShapes, Tuner] | None = (
+            None  # all that waits, in no group: most that come when little is asked for
+        )
         self._tuners: dict[RowShapes, Tuner] = {}
         self._tuner = Tuner(settings, max_rows)  # of the last run
         if not by_shape:
@@ -119,9 +123,18 @@ class Batcher:
                 "send fewer rows a request, or raise batching.max_rows",
                 "inputs",
             )
+        key = (request.shape_key or request.row_shapes) if self._by_shape else ()
+        if not self.pending_requests and not self._patient:
+            tuner = self._tuner_of(key)
+            if expires_us < NEVER_US and not self._has_ample_time(request, tuner, request.arrived_us):
+                self._admit(request, None, tuner)
+            self._soonest_us = expires_us
+            self._alone = request, key, tuner
+            self.pending_requests, self.pending_rows = 1, rows
+            return
+        self._group_the_lone()
         if self.pending_rows + rows > self._max_pending_rows and self.pending_rows:
             self._make_room(request)
-        key = (request.shape_key or request.row_shapes) if self._by_shape else ()
         group = self._groups.get(key)
         if expires_us < NEVER_US:
             self._admit(request, group, group.tuner if group else self._tuner_of(key))
@@ -143,6 +156,11 @@ class Batcher:
             now_us: Now.
             only_full: Whether a batch that could find more company is left for later.
         """
+        if self._alone is not None:
+            batch = self._close_alone(*self._alone, now_us, only_full=only_full)
+            if batch is not None:
+                return batch
+            self._group_the_lone()
         while self._groups:
             if not self._patient and len(self._groups) == 1:
                 ((key, group),) = self._groups.items()
@@ -185,6 +203,7 @@ class Batcher:
 
     def next_close_us(self) -> int | None:
         """When `try_close` should be asked again; None while nothing waits, 0 where a batch is ready."""
+        self._group_the_lone()
         if not self._patient:
             return min(map(self._awaited_us, self._groups.values()), default=None)
         return min((group.due_us for group in self._groups.values()), default=None)
@@ -200,12 +219,14 @@ class Batcher:
 
     def hurry(self) -> None:
         """Nothing waits for company any more: the model is about to stop."""
+        self._group_the_lone()
         self._patient = self._waits = False
         for group in self._groups.values():
             group.due_us = 0
 
     def take_all(self) -> list[Request]:
         """Empties the queue, without dropping anything: what is left at shutdown."""
+        self._group_the_lone()
         requests = [request for group in self._groups.values() for request in group]
         self._groups.clear()
         self.pending_requests = self.pending_rows = 0
@@ -218,7 +239,7 @@ class Batcher:
         return BatcherStatistics(
             self.pending_requests,
             self.pending_rows,
-            len(self._groups),
+            len(self._groups) + (self._alone is not None),
             tuner.cap,
             tuner.delay_us or tuner.company.delay_us,
             tuner.cost.one_row_us(),
@@ -265,6 +286,35 @@ class Batcher:
             max(late_us / 1e6, others_late_us / 1e6, _LEAST_RETRY_S),
         )
 
+    def _close_alone(
+        self, request: Request, _key: RowShapes, tuner: Tuner, now_us: int, *, only_full: bool
+    ) -> Batch | None:
+        """The batch of the only request that waits; None where a glance does not tell that it should run."""
+        rows = request.rows
+        if rows < tuner.company.rows or (only_full and rows < tuner.cap) or request.future.done():
+            return None
+        if request.expires_us < NEVER_US and not self._has_ample_time(request, tuner, now_us):
+            return None
+        self._alone = None
+        self.pending_requests = self.pending_rows = 0
+        self._moves += 1
+        tuner.company.rows = 0
+        return Batch([request], rows, now_us, tuner, tuner.limit(rows))
+
+    def _has_ample_time(self, request: Request, tuner: Tuner, now_us: int) -> bool:
+        """Whether the only request that waits is in time beyond doubt."""
+        starts_us = max(now_us, self.free_us) + self.lag_us
+        return request.expires_us > starts_us + tuner.cost.ample_us(max(tuner.cap, request.rows))
+
+    def _group_the_lone(self) -> None:
+        """Has a request that was alone wait like all others."""
+        if self._alone is not None:
+            request, key, tuner = self._alone
+            group = self._groups[key] = Group(tuner)
+            group.add(request, self._promote_us)
+            group.due_us = 0
+            self._alone = None
+
     def _awaited_us(self, group: Group) -> int:
         """Until when a free engine waits for more rows of these; 0 where it does not."""
         company = group.tuner.company
@@ -291,9 +341,9 @@ class Batcher:
         self._left(group, len(requests) + len(dropped) + len(hopeless), filling.left_rows)
         self._moves += len(requests)
         if dropped:
-            self._drop(dropped, now_us)
+            dropping.drop(dropped, now_us, self._refused)
         if hopeless:
-            self._give_up(hopeless)
+            dropping.give_up(hopeless, self._retry_s(), self._refused)
         return Batch(requests, filling.rows, now_us, tuner, limit)
 
     def _take_in_order(self, group: Group, priority: int, lane: Lane, now_us: int, limit: int) -> Batch:
@@ -304,7 +354,7 @@ class Batcher:
         self._left(group, len(requests) + len(dropped), rows + dropped_rows)
         self._moves += len(requests)
         if dropped:
-            self._drop(dropped, now_us)
+            dropping.drop(dropped, now_us, self._refused)
         return Batch(requests, rows, now_us, group.tuner, limit)
 
     def _left(self, group: Group, requests: int, rows: int) -> None:
@@ -338,54 +388,10 @@ class Batcher:
 
     def _sweep(self, now_us: int) -> None:
         """Drops every cancelled or expired request that waits, and finds anew when the next one expires."""
-        dropped: list[Request] = []
-        self._soonest_us = NEVER_US
+        self._group_the_lone()
+        dropped, self._soonest_us = dropping.sweep(self._groups, now_us, patient=self._patient)
         self._moves = 0
-        for key, group in list(self._groups.items()):
-            count = len(dropped)
-            for priority, lane in list(group.lanes.items()):
-                kept: list[Request] = []
-                for request in lane:
-                    if request.expires_us <= now_us or request.future.done():
-                        dropped.append(request)
-                    else:
-                        kept.append(request)
-                        self._soonest_us = min(self._soonest_us, request.expires_us)
-                if kept:
-                    lane.keep(kept)
-                else:
-                    del group.lanes[priority]
-            gone = dropped[count:]
-            group.rows -= sum([request.rows for request in gone])
-            if not group.lanes:
-                del self._groups[key]
-            elif gone:
-                group.set_due(patient=self._patient)
         self.pending_requests -= len(dropped)
         self.pending_rows -= sum([request.rows for request in dropped])
         if dropped:
-            self._drop(dropped, now_us)
-
-    def _drop(self, requests: list[Request], now_us: int) -> None:
-        """Answers those that expired, and counts; the cancelled want no answer."""
-        expired = [request for request in requests if not request.future.done()]
-        for request in expired:
-            waited_us = now_us - request.arrived_us
-            request.future.set_exception(
-                DeadlineExceeded(f"the deadline passed after {waited_us} us in the queue; the request did not run")
-            )
-        expired_count, count = callers(expired), callers(requests)
-        if expired_count:
-            self._refused("expired", expired_count)
-        if expired_count < count:
-            self._refused("cancelled", count - expired_count)
-
-    def _give_up(self, requests: list[Request]) -> None:
-        """Answers those that would only be late: the run before took longer than was expected when they came."""
-        for request in requests:
-            request.future.set_exception(
-                Overloaded("the deadline could not be met any more; the request did not run", self._retry_s())
-            )
-        count = callers(requests)
-        if count:
-            self._refused("overloaded", count)
+            dropping.drop(dropped, now_us, self._refused)

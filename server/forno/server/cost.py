@@ -15,6 +15,8 @@ from __future__ import annotations
 
 _GAIN = 1 / 12
 """Share of a new sample in the mean of its count of rows, in the deviation, and in the scale."""
+_MANY = 10
+"""From so many samples of a count on: before, each weighs as in a plain mean, `1 / (samples + 2)`."""
 _OUTLIER = 3.0
 _LEAST_OUTLIER = 1 / 2
 """A sample farther from the mean than so many deviations, or this share of it, counts as that far: one hiccup is no
@@ -24,6 +26,10 @@ _SAFE = 3.0
 _FIRST_DEVIATION = 1 / 4
 _FEW = 2.0
 """A count of rows that was run once is trusted by so much less than one that was run often."""
+_AMPLE = 16.0
+_LITTLE_NEWS = 4
+"""After fewer runs no time has grown so many times: even samples at their bound double the product of mean and scale
+hardly more than once each."""
 
 
 def steps(max_rows: int) -> list[int]:
@@ -56,28 +62,31 @@ class Cost:
         self._deviation = _FIRST_DEVIATION  # of a sample from its mean, as a share of it
         self._scale = 1.0
         self._typical_us = self._safe_us = self._mean_us
-        self._dirty = False
+        self._least = len(self.rows)  # the first count that was run
+        self._unseen = 0  # runs since the table was made
 
     def learn(self, rows: int, run_us: float) -> None:
         """Takes in one run."""
-        at = self._index[rows]
-        scaled_us = run_us / self._scale
-        mean_us = self._mean_us[at] if self.samples[at] else self._prior_us(at)
+        at, scale = self._index[rows], self._scale
+        count = self.samples[at]
+        mean_us = self._mean_us[at] if count else self._prior_us(at)
         if mean_us <= 0:
-            self._mean_us[at] = scaled_us
+            self._mean_us[at] = run_us / scale
         else:
             deviation = self._deviation
             most = _OUTLIER * deviation + _LEAST_OUTLIER
-            error = scaled_us / mean_us - 1
+            error = run_us / scale / mean_us - 1
             if error > most:
                 error = most
             elif error < -most:
                 error = -most
-            self._mean_us[at] = mean_us * (1 + error * max(_GAIN, 1 / (self.samples[at] + 2)))
+            self._mean_us[at] = mean_us * (1 + error * (_GAIN if count >= _MANY else 1 / (count + 2)))
             self._deviation = deviation + (abs(error) - deviation) * _GAIN
-            self._scale *= 1 + error * _GAIN
-        self.samples[at] += 1
-        self._dirty = True
+            self._scale = scale * (1 + error * _GAIN)
+        self.samples[at] = count + 1
+        if not count:
+            self._least = min(self._least, at)
+        self._unseen += 1
 
     def _prior_us(self, at: int) -> float:
         """What the neighbours say of a count's first run; 0 where it is not between two.
@@ -90,35 +99,40 @@ class Cost:
     @property
     def known(self) -> bool:
         """Whether any run was seen."""
-        return self._dirty or self._typical_us is not self._mean_us
+        return self._least < len(self.rows)
 
     def one_row_us(self) -> float:
         """What `typical_us(1)` is, without the table of the others: asked after each run of even the smallest model."""
-        at = next((at for at, count in enumerate(self.samples) if count), None)
-        return 0.0 if at is None else self._mean_us[at] * self._scale
+        return self._mean_us[self._least] * self._scale if self.known else 0.0
 
     def typical_us(self, rows: int) -> float:
         """What a run of so many rows is expected to take; 0 while nothing is known."""
-        if self._dirty:
+        if self._unseen:
             self._tabulate()
         return self._typical_us[self._index[rows]]
 
     def safe_us(self, rows: int) -> float:
         """What a run of so many rows should not exceed; 0 while nothing is known."""
-        if self._dirty:
+        if self._unseen:
             self._tabulate()
         return self._safe_us[self._index[rows]]
 
+    def ample_us(self, rows: int) -> float:
+        """At least `safe_us`, and by far: for those who have that time, without a new table after each run."""
+        if self._unseen >= _LITTLE_NEWS or self._safe_us is self._mean_us:
+            return self.safe_us(rows) * _AMPLE
+        return self._safe_us[self._index[rows]] * _AMPLE
+
     def drain_us(self, rows: int, cap: int) -> float:
         """What so many rows are expected to take in batches of up to `cap`."""
-        if self._dirty:
+        if self._unseen:
             self._tabulate()
         full, rest = divmod(rows, cap)
         us = full * self._typical_us[self._index[cap]] if full else 0.0
         return us + self._typical_us[self._index[rest]] if rest else us
 
     def _tabulate(self) -> None:
-        self._dirty = False
+        self._unseen = 0
         scale = self._scale
         seen = [at for at, count in enumerate(self.samples) if count]
         typical_us = [self._mean_us[at] * scale for at in seen]

@@ -35,6 +35,10 @@ class Registry:
             NotReady: There is one, but it cannot serve now.
         """
         access.check("model", name)
+        if not (version or label):  # a glance at what is nearly always meant
+            versions = self._versions.get(name)
+            if versions is not None and versions[0].state is ModelState.READY:
+                return versions[0]
         return self.resolve(name, version, label)
 
     def find(self, name: str, version: str = "", label: str = "") -> Model:

@@ -213,8 +213,7 @@ class Worker:
             now_us = run.ended_us
             self._learn(run)
             self._answer(run, now_us)
-            now_us = self._clock_us()
-            if run.ended_us - run.started_us <= self._slow_us:
+            if now_us - run.started_us <= self._slow_us:
                 self._slow_runs = 0
             elif self._slow_runs + 1 < _SLOW_RUNS:
                 self._slow_runs += 1
@@ -222,6 +221,9 @@ class Worker:
                 log.info("%s: its runs are too long for the event loop; it has a thread of its own now", self._name)
                 self._start_threads()
                 break
+            if not self._batcher.pending_requests:
+                return now_us
+            now_us = self._clock_us()
         if self._batcher.pending_requests and not self._pump_is_due:
             self._pump_soon()
         return now_us

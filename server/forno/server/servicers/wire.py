@@ -38,6 +38,8 @@ def varint(number: int) -> bytes:
 
 
 _SHORT = [bytes((number,)) for number in range(0x80)]
+_MAX_KEPT = 1024
+_kept: dict[tuple[int, int, int], bytes] = {}  # timings as they are written: of small models, the same come often
 
 
 def _tag(message: Any, field: str, wire_type: int) -> bytes:
@@ -103,7 +105,7 @@ class AnswerWriter:
         parts.append(self._names)
         timed = (answer.queue_us, answer.compute_us, answer.batch_rows)
         if timed != self._timed:
-            self._timed, self._timings = timed, _timings(*timed)
+            self._timed, self._timings = timed, _kept.get(timed) or _timings(*timed)
         parts.append(self._timings)
         return parts
 
@@ -114,7 +116,10 @@ def _timings(queue_us: int, compute_us: int, rows: int) -> bytes:
         + (_COMPUTE_US + varint(compute_us) if compute_us else b"")
         + (_BATCH_ROWS + varint(rows) if rows else b"")
     )
-    return _delimited(_TIMINGS, fields)
+    if len(_kept) >= _MAX_KEPT:
+        _kept.clear()
+    written = _kept[queue_us, compute_us, rows] = _delimited(_TIMINGS, fields)
+    return written
 
 
 def _buffer(output: Array) -> Array:

@@ -50,6 +50,7 @@ class HostSlot:
         self._all_fixed = all(place is not None for place in self.places)
         self._batched = signature.batched
         self._row_bytes = sum(place.nbytes for place in self.places if place is not None) // max_rows
+        self._rooms: dict[int, list[Array]] = {}  # of a lone request in fixed places, by its rows
         self._slabs = [np.empty(0, np.uint8)] * len(self.places)
 
     def new_places(self, signature: Signature, max_rows: int) -> list[Array | None]:
@@ -65,7 +66,14 @@ class HostSlot:
             self.inputs = [self._joined(index, parts, rows) for index, parts in enumerate(zip(*requests, strict=True))]
         elif self._all_fixed and self._row_bytes * rows < BORROW_FROM_BYTES:
             self.fixed = True
-            self.inputs = [self.copied(index, array) for index, array in enumerate(requests[0])]
+            rooms = self._rooms.get(rows)
+            if rooms is None:
+                rooms = self._rooms[rows] = [
+                    self.room(i, array.shape, array.dtype) for i, array in enumerate(requests[0])
+                ]
+            for room, array in zip(rooms, requests[0], strict=True):
+                room[...] = array
+            self.inputs = rooms
         else:
             self.fixed = False
             self.inputs = [self.readable(index, array) for index, array in enumerate(requests[0])]
