@@ -278,6 +278,22 @@ def test_health_and_reflection_are_there(server):
     assert "forno.v1.Predictor" in [service.name for service in reply.list_services_response.service]
 
 
+@pytest.mark.parametrize(
+    ("symbol", "found"),
+    [
+        ("forno.v1.Predictor", True),
+        ("forno.v1.Predictor.Predict", True),  # `grpcurl describe`
+        ("forno.v1.PredictRequest.model", True),
+        ("forno.v1.Predictor.Predic", False),
+        ("Predict", False),
+    ],
+)
+def test_reflection_finds_all_that_has_a_name(server, symbol, found):
+    ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    reply = next(reflection_pb2_grpc.ServerReflectionStub(server.channel).ServerReflectionInfo(iter([ask]), timeout=10))
+    assert reply.WhichOneof("message_response") == ("file_descriptor_response" if found else "error_response")
+
+
 def bad(change):
     made = add()
     change(made)

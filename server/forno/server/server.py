@@ -29,6 +29,7 @@ from forno.server.servicers.hot import ITEM_LAYOUT, LAYOUT, HotPredict
 from forno.server.servicers.hot_rest import HotRest
 from forno.server.servicers.predictor import PredictorServicer
 from forno.server.servicers.rest import RestServicer
+from forno.server.servicers.symbols import Symbols
 from forno.server.telemetry import Telemetry
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, rest_pb2, rest_pb2_grpc
 
@@ -176,7 +177,7 @@ class Server:
             add_http_handler(f"/{REST_SERVICE}/Predict", HotRest(self.registry, clock_us), hot=not telemetry)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, host.grpc)
         names = (SERVICE, REST_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
-        describer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+        describer = reflection.aio.ReflectionServicer(names, Symbols())  # type: ignore[attr-defined]
         add_ServerReflectionServicer_to_server(describer, host.grpc)
 
     async def _load(self) -> bool:
