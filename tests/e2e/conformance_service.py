@@ -294,12 +294,13 @@ def main(argument: str) -> None:
     """Inside Envoy; `argument` is JSON with `control`, a descriptor whose end ends the server."""
     import uvloop
 
+    from forno.server.config import Config
     from forno.server.transport.envoy.host import EnvoyHost
 
     given = json.loads(argument)
 
     async def run() -> None:
-        host = EnvoyHost(given["max_message_bytes"], lambda *_: None)
+        host = EnvoyHost(given["max_message_bytes"], lambda *_: None, max_call_s=Config().server.max_call_s)
         host.add_registered_method_handlers(SERVICE, HANDLERS)
         host.add_registered_method_handlers("grpc.health.v1.Health", HEALTH)
         host.start()

@@ -29,8 +29,9 @@ class ServerSettings(Settings):
     Unset = a quarter of the machine's with replicas, whose edge holds calls alone; none where models share the heap."""
     max_call_s: Annotated[float, Field(strict=True, gt=0, le=3600)] = 600.0
     """Longest time from the beginning of a call to its answer, in seconds, however slowly its body comes; then it ends
-    with DEADLINE_EXCEEDED. A stream may last; this is how long one of its messages may take to come. It may be silent
-    for an hour. Not with the transport `grpc`."""
+    with DEADLINE_EXCEEDED. Of a gRPC call with the transport `envoy`, longest time for its body, and again for its
+    answer. A stream may last; this is how long one of its messages may take to come. It may be silent for an hour. Not
+    with the transport `grpc`."""
     drain_s: Annotated[float, Field(strict=True, ge=0, le=3600)] = 10.0
     """Longest wait for calls in flight at shutdown, in seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -123,8 +123,12 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         host["typed_per_filter_config"] = doors.cors_policy(cors)
     if end.clusters() and not listener.inner:
         host["request_headers_to_add"] = doors.peer()
+    # Of calls whose route is not known before their body is whole, and of answers that nobody takes. Not before the
+    # module: see its routes.
+    longest = {"common_http_protocol_options": {"max_stream_duration": f"{listener.max_call_s:.3f}s"}}
     return {
         **doors.believed(inner=listener.inner, admin=admin, mutual=mutual),
+        **(longest if end.clusters() else {}),
         "@type": f"{TYPES}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": STAT_PREFIX,
         "codec_type": "AUTO",
@@ -133,8 +137,6 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "normalize_path": True,
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
-        # Of calls whose route is not known before their body is whole, and of answers that nobody takes.
-        "common_http_protocol_options": {"max_stream_duration": f"{listener.max_call_s:.3f}s"},
         "stream_idle_timeout": f"{listener.max_call_s:.3f}s",
         "request_headers_timeout": "30s",
         "http2_protocol_options": {

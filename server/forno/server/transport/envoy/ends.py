@@ -27,6 +27,8 @@ LASTING = (
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 )
 """Methods whose calls may last, and be silent for long."""
+_DEADLINES_ONLY = {"max_stream_duration": {"grpc_timeout_header_max": f"{MAX_STREAM_S}s"}}
+"""Envoy keeps the deadlines that callers bring: no timer per call in Python."""
 _WITHOUT_TRANSCODER = {"rest": {"@type": f"{TYPES}.config.route.v3.FilterConfig", "disabled": True}}
 
 
@@ -104,7 +106,9 @@ def bounded(routes: list[dict[str, Any]], max_call_s: float) -> list[dict[str, A
 
     Args:
         routes: In the order in which they are tried.
-        max_call_s: Of other calls, from their first byte to the answer, whatever deadline they bring.
+        max_call_s: Of other calls, from their first byte to the answer, whatever deadline they bring. Envoy tells a
+            gRPC server of it as a deadline, in place of none or of one that nobody can read. Routes with limits of
+            their own keep them.
     """
 
     def leads(match: dict[str, Any], path: str) -> bool:
@@ -119,11 +123,10 @@ def bounded(routes: list[dict[str, Any]], max_call_s: float) -> list[dict[str, A
                 if all(match != earlier["match"] for earlier in lasting):
                     lasting.append({**usual, "match": match, "route": usual["route"] | silent})
     limit = {"max_stream_duration": _duration(max_call_s, max_call_s)}
-    return [*lasting, *({**one, "route": one["route"] | limit} if "route" in one else one for one in routes)]
+    return [*lasting, *({**one, "route": limit | one["route"]} if "route" in one else one for one in routes)]
 
 
 def _duration(most_s: float, longest_deadline_s: float) -> dict[str, str]:
-    """How long a call may take. Envoy keeps its deadline: no timer per call in Python."""
     return {"max_stream_duration": f"{most_s:.3f}s", "grpc_timeout_header_max": f"{longest_deadline_s:.3f}s"}
 
 
@@ -134,12 +137,13 @@ def _module() -> dict[str, Any]:
 def _grpc_route() -> dict[str, Any]:
     """Of gRPC calls, which the transcoder would only pass on: left out, it costs nothing.
 
-    It passes other content types of gRPC as well, such as application/grpc+proto; those go by the usual route.
+    It passes other content types of gRPC as well, such as application/grpc+proto; those go by the usual route. How long
+    a body may take is seen to by the module: a limit of Envoy's would give each call a deadline and a timer.
     """
     exactly = {"name": "content-type", "string_match": {"exact": "application/grpc"}}
     return {
         "match": {"prefix": "/", "headers": [exactly]},
-        "route": route("servicers"),
+        "route": route("servicers") | _DEADLINES_ONLY,
         "typed_per_filter_config": _WITHOUT_TRANSCODER,
     }
 

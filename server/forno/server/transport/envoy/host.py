@@ -50,7 +50,8 @@ class EnvoyHost:
         max_message_bytes: Largest request or response message.
         count_rpcs: Told of ended calls: path, status name, how many.
         guard: Admits calls; None = all may come in.
-        max_call_s: Longest time for a message of a stream to come whole, in seconds.
+        max_call_s: Longest time for a message to come whole, in seconds. A unary call whose deadline is just that long
+            has it from an Envoy in front, which keeps it: its handler sees none.
     """
 
     def __init__(

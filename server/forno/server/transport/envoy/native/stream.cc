@@ -23,6 +23,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   envoy_dynamic_module_callback_http_get_headers(filter, kRequestHeaders, headers.data());
   bool is_grpc = false, transcoded = false;
   std::string_view http_method, bad_timeout, type, length, timeout_ms;
+  int64_t timeout = -1;
   metadata.reserve(512);
   for (const Header& h : headers) {
     const std::string_view key(h.key, h.key_size), value(h.value, h.value_size);
@@ -40,9 +41,8 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     } else if (key == "x-request-timeout-ms") {
       timeout_ms = value.empty() ? "-" : value;  // as wrong as any other that is no number
     } else if (key == "grpc-timeout") {
-      const int64_t timeout = timeout_us(value);
+      timeout = timeout_us(value);
       if (timeout < 0) bad_timeout = value;
-      if (timeout >= 0) deadline_us = now_us() + timeout;
     }
     if (is_credential_header(key)) {
       credential.append(key).push_back('\0');
@@ -76,6 +76,9 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   if (found == methods->by_path.end()) return refuse(filter, kUnimplemented, "no such method: " + path);
   method_ = &found->second;
   method = method_->number;
+  // An Envoy before this one, or a route with a limit, gives calls without a deadline this one. Envoy keeps it.
+  const bool of_envoy = !method_->request_streaming && timeout / 1000 == methods_->max_message_us / 1000;
+  if (timeout >= 0 && !of_envoy) deadline_us = now_us() + timeout;
   Buffer address{nullptr, 0};
   if (envoy_dynamic_module_callback_http_filter_get_attribute_string(filter, kSourceAddress, &address)) {
     peer.assign(address.data, address.size);
@@ -180,7 +183,7 @@ size_t Stream::gap_before(std::string_view beginning) const {
   return at ? (kAlignment - (kPrefixBytes + at) % kAlignment) % kAlignment : 0;
 }
 
-// Hands whole messages of a streaming call to the loop, and checks limits. False when the call has been refused.
+// Hands whole messages of a streaming call to the loop, and checks limits of any call. False when the call has been refused.
 bool Stream::split_messages(void* filter) {
   std::vector<Event> events;
   size_t at = body_begin_, taken_bytes = 0;
@@ -199,13 +202,14 @@ bool Stream::split_messages(void* filter) {
       reason = "a message has the flag " + std::to_string(flag) + "; expected 0 or 1";
       break;
     }
-    if (!method_->request_streaming) {  // handed over when it is whole
-      if (body_.size() - at - kPrefixBytes <= length) return true;
+    const size_t come = body_.size() - at - kPrefixBytes;
+    if (!method_->request_streaming && come >= length) {
+      if (come == length) return true;  // handed over once the request ends
       code = kInternal;
       reason = "the request body goes on after its one gRPC message";
       break;
     }
-    if (body_.size() - at - kPrefixBytes < length) break;
+    if (come < length) break;
     events.push_back({EventKind::kMessage, shared_from_this(), message_of(body_.substr(at + kPrefixBytes, length), 0, body_[at] == 1)});
     taken_bytes += length + kMessageOverheadBytes;
     at += kPrefixBytes + length;
@@ -214,7 +218,7 @@ bool Stream::split_messages(void* filter) {
     std::lock_guard<std::mutex> lock(mutex_);
     inbox_bytes_ += taken_bytes;
   }
-  inbox_.push(std::move(events));
+  if (!events.empty()) inbox_.push(std::move(events));
   if (code) {
     refuse(filter, code, reason);
     return false;
@@ -225,7 +229,7 @@ bool Stream::split_messages(void* filter) {
   const int64_t now = now_us();
   if (!begun_us_) begun_us_ = now;
   if (now - begun_us_ <= methods_->max_message_us) return true;
-  refuse(filter, kDeadlineExceeded, "a message of the stream took too long to come (server.max_call_s)");
+  refuse(filter, kDeadlineExceeded, "a message took too long to come (server.max_call_s)");
   return false;
 }
 

@@ -85,7 +85,7 @@ struct Methods {
   std::vector<Method> by_number;
   size_t max_message_bytes = 0;
   size_t max_inbox_bytes = 0;  // of one streaming call; above it Envoy stops reading from the client
-  int64_t max_message_us = 0;  // of one streaming call: how long a message may take from its first byte to its last
+  int64_t max_message_us = 0;  // of one call: how long a message may take from its first byte to its last
   size_t max_items = 0;        // of one streaming call that are on their way through a model, by the short way
 };
 
@@ -184,7 +184,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool ended_in_envoy_ = false;  // ... and the end of the request
   std::string body_;  // bytes of a message that is not whole yet, and before them `body_begin_` bytes of nothing
   size_t body_begin_ = 0;
-  int64_t begun_us_ = 0;  // of a streaming call: when it was first seen that `body_` holds part of a message; 0: it does not
+  int64_t begun_us_ = 0;  // when it was first seen that `body_` holds part of a message; 0: it does not
   bool too_large_ = false;  // the body of an HTTP call
   std::unique_ptr<JsonSplitter> json_;  // of an HTTP call whose method takes split bodies
 
