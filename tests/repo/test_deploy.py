@@ -242,6 +242,11 @@ def test_compose_gives_the_time_to_drain():
     assert int(service["stop_grace_period"].removesuffix("s")) >= drain_s + AFTER_DRAIN_S
 
 
+def dockerfile(name: str) -> str:
+    """A Dockerfile with each command on one line."""
+    return re.sub(r"\\\n\s*", "", (DEPLOY / name).read_text())
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
 def test_an_image_runs_without_root_and_starts_the_server(name):
     text = (DEPLOY / name).read_text()
@@ -255,11 +260,18 @@ def test_an_image_runs_without_root_and_starts_the_server(name):
     assert [source for source in sources if not (check_deploy.ROOT / source).exists()] == []
 
 
+def test_the_gpu_image_has_what_the_extra_has_but_for_what_its_base_brings():
+    extras = tomllib.loads((check_deploy.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [re.sub(r"\[.*?\]|;.*", "", line) for line in extras["gpu"] if not line.startswith("forno[")]
+    [command] = re.findall(r"pip install '\.\[.*?\]' ((?:'[^']+' )+)&&", dockerfile("Dockerfile.gpu"))
+    assert shlex.split(command) == [line.strip() for line in wanted]
+
+
 def test_the_library_of_python_is_compiled_into_the_image(tmp_path):
     for module in ("json", "idlelib"):
         (tmp_path / "lib" / module).mkdir(parents=True)
         (tmp_path / "lib" / module / "__init__.py").touch()
-    final = (DEPLOY / "Dockerfile").read_text().rpartition("\nFROM ")[2].replace("\\\n", "")
+    final = dockerfile("Dockerfile").rpartition("\nFROM ")[2]
     [command] = re.findall(r"^RUN (python -m compileall .*)\"\$\(python .*\)\"$", final, re.MULTILINE)
     command = command.replace("python", shlex.quote(sys.executable), 1)
     subprocess.run(["sh", "-c", f"{command} {shlex.quote(str(tmp_path / 'lib'))}"], check=True)
