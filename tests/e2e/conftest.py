@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # servers inherit it: under nohup they would not hear of a hangup
+# Servers inherit what is ignored: they would not hear of a hangup under nohup, nor of ^C in the background of a script.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
