@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shlex
 import statistics
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from bench import models, report
-from bench.subjects import ROOT
 from forno.server.cache import CachedModel, key_of
 from forno.server.config import CacheSettings, ModelSettings
 from forno.server.endpoints import call
@@ -100,16 +98,13 @@ def main() -> int:
     """
     argparse.ArgumentParser("python -m bench.cache", description=__doc__.partition("\n")[0]).parse_args()
     records = [asyncio.run(measure(name)) for name in INPUTS]
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.cache"]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": "in process, one request at a time, medians",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "records": records,
-    }
+    facts = report.facts(
+        "bench.cache",
+        "in process, one request at a time, medians",
+        records=records,
+    )
     text = table(records)
-    report.write(ROOT / "bench" / "results", "cache", facts, text)
+    report.write(report.RESULTS, "cache", facts, text)
     print(text)
     return 0
 

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import signal
 import sys
 import tempfile
@@ -29,13 +28,13 @@ import grpc
 from bench import report
 from bench.chaos_load import Controls, Load
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, environment
+from bench.subjects import environment
 from forno.server.fleet import control_socket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-RESULTS = ROOT / "bench" / "results" / "fleet"
+RESULTS = report.RESULTS / "fleet"
 REPLICAS = 3
 HUNG_AFTER_S = 3.0
 SETTLE_S = 1.0
@@ -194,15 +193,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the order of faults (default 1)")
     arguments = parser.parse_args()
     found = asyncio.run(run(arguments.names, arguments.rate, arguments.faults, arguments.seed))
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.chaos", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"{arguments.rate:g} calls a second, open loop, each answer checked, callers on the same machine",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "scenarios": found,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    facts = report.facts(
+        "bench.chaos",
+        f"{arguments.rate:g} calls a second, open loop, each answer checked, callers on the same machine",
+        scenarios=found,
+    )
     report.write(RESULTS, "chaos", facts, table(found))
     print(table(found))
     return 1 if any(one["failed"] for one in found.values()) else 0

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import resource
-import shlex
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bench import chaos, h2load, report
 from bench.chaos_load import Load
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, Subject, environment
+from bench.subjects import Subject, environment
 from forno.server.fleet import edge as edges
 from forno.server.transport.envoy import admin
 
@@ -283,15 +282,11 @@ def main() -> int:
                 case _:
                     found[name] = cost(folder, 0.5)
         print(name, json.dumps(found[name]), flush=True)
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.chaos_crowd", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": "callers on the same machine; a scenario that was not asked for keeps its record",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "scenarios": found,
-    }
-    chaos.RESULTS.mkdir(parents=True, exist_ok=True)
+    facts = report.facts(
+        "bench.chaos_crowd",
+        "callers on the same machine; a scenario that was not asked for keeps its record",
+        scenarios=found,
+    )
     report.write(chaos.RESULTS, "crowd", facts, table(found))
     print(table(found))
     failed = sum(one.get("failed", 0) for one in found.values())

@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
-import shlex
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -37,7 +33,6 @@ from forno.server.request import Request
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROOT = Path(__file__).parent
 MAX_ROWS = 32
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)
 DEADLINES_MS = {"equal": (100,), "mixed": (60, 100, 200)}
@@ -245,27 +240,22 @@ def main() -> None:
                 rounds += found
                 points.append(median_of(found))
                 print(table(points[-1:]).splitlines()[-1], flush=True)
-    results = ROOT / "results"
-    record = {
-        "command": shlex.join(["python", "-m", "bench.goodput", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"in process, medians of {options.rounds} rounds of {options.seconds} s",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT.parent),
-        "settings": SETTINGS.model_dump(mode="json", include={"null", "batching"}),
-        "capacity_per_s": capacity,
-        "points": [asdict(point) for point in points],
-        "rounds": [asdict(point) for point in rounds],
-    }
-    (results / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    about = f"Capacity is {capacity:.0f} rows a second: 2 ms a run and 1 ms a row, in batches of up to {MAX_ROWS}.\n\n"
-    (results / f"{options.name}.md").write_text(f"# Goodput\n\n{report.header(record)}\n\n{about}{table(points)}")
+    record = report.facts(
+        "bench.goodput",
+        f"in process, medians of {options.rounds} rounds of {options.seconds} s",
+        settings=SETTINGS.model_dump(mode="json", include={"null", "batching"}),
+        capacity_per_s=capacity,
+        points=[asdict(point) for point in points],
+        rounds=[asdict(point) for point in rounds],
+    )
+    about = f"Capacity is {capacity:.0f} rows a second: 2 ms a run and 1 ms a row, in batches of up to {MAX_ROWS}."
+    report.write(report.RESULTS, options.name, record, f"{about}\n\n{table(points)}")
     lines = {
         name: [(p.load, p.goodput) for p in points if p.policy == name and p.deadlines == "equal"]
         for name in options.policies.split(";")
     }
     picture = chart.lines("Answers within 100 ms", "arrivals by capacity", "answers in time by capacity", lines)
-    (results / f"{options.name}.svg").write_text(picture)
+    (report.RESULTS / f"{options.name}.svg").write_text(picture)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from bench import h2load, models, report
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, Subject, environment
+from bench.subjects import Subject, environment
 
 SUBJECTS = (Subject("tiny", "tiny", "envoy"), Subject("null", "null", "envoy"))
 RUN_US = 2000
@@ -131,18 +129,17 @@ def main() -> int:
     arguments = parser.parse_args()
     records = measure(arguments.rounds, arguments.seconds)
     summary = summarise(records)
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.idle", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"one call in flight, {h2load.version()} on the same machine, {arguments.rounds} interleaved rounds "
-        f"of {arguments.seconds} s, medians",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "summary": summary,
-        "records": records,
-    }
+    facts = report.facts(
+        "bench.idle",
+        (
+            f"one call in flight, {h2load.version()} on the same machine, {arguments.rounds} interleaved rounds "
+            f"of {arguments.seconds} s, medians"
+        ),
+        summary=summary,
+        records=records,
+    )
     text = table(summary)
-    report.write(ROOT / "bench" / "results", "idle", facts, text)
+    report.write(report.RESULTS, "idle", facts, text)
     print(text)
     return 0 if all(row["holds"] and not row["errors"] for row in summary) else 1
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench import h2load, models, report
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, Subject, environment
+from bench.subjects import Subject, environment
 from forno.client import Client
 from forno.server.security import keys
 
@@ -161,17 +160,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     given = parser.parse_args()
     rows = measure(given.seconds, given.rounds)
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.locks", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": "kinds take turns in every round; medians over the rounds, and of each round's own ratios",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "rows": rows,
-    }
+    facts = report.facts(
+        "bench.locks",
+        "kinds take turns in every round; medians over the rounds, and of each round's own ratios",
+        rows=rows,
+    )
     text = table(rows)
     print(text)
-    report.write(ROOT / "bench" / "results", "locks", facts, text)
+    report.write(report.RESULTS, "locks", facts, text)
     return int(any(row["errors"] for row in rows))
 
 

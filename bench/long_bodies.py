@@ -14,7 +14,6 @@ import contextlib
 import http.client
 import json
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -139,16 +138,13 @@ def main() -> int:
             predict = predictor_pb2_grpc.PredictorStub(channel).Predict
             small_calls(predict, 1.0)
             records = [case(port, predict, rows, word, asked.seconds) for rows, word in CASES]
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.long_bodies", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": "one small call in flight, one caller that sends bodies without a pause",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "records": records,
-    }
+    facts = report.facts(
+        "bench.long_bodies",
+        "one small call in flight, one caller that sends bodies without a pause",
+        records=records,
+    )
     text = table(records)
-    report.write(ROOT / "bench" / "results", "long_bodies", facts, text)
+    report.write(report.RESULTS, "long_bodies", facts, text)
     print(text)
     return 0
 

@@ -10,10 +10,8 @@ nobody.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ import numpy as np
 
 from bench import h2load, report
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, SUBJECTS, environment
+from bench.subjects import SUBJECTS, environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,19 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = measure(subject, arguments.calls, arguments.step, arguments.warm_up, arguments.in_flight)
     slope = slope_bytes_per_call(records)
     errors = records[-1]["errors"]
-    facts: Record = {
-        "command": shlex.join(["python", "-m", "bench.memory", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"{arguments.calls:,} calls after {arguments.warm_up:,}, {arguments.in_flight} in flight",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "slope_bytes_per_call": slope,
-        "records": records,
-    }
+    facts = report.facts(
+        "bench.memory",
+        f"{arguments.calls:,} calls after {arguments.warm_up:,}, {arguments.in_flight} in flight",
+        slope_bytes_per_call=slope,
+        records=records,
+    )
     lines = ["| calls | written memory MiB | PSS MiB |", "| --- | --- | --- |"]
     lines += [f"| {record['calls']:,} | {record['written_mib']:.1f} | {record['pss_mib']:.1f} |" for record in records]
     text = "\n".join([*lines, "", f"Slope: {slope:.2f} bytes a call; {errors} errors."])
-    report.write(ROOT / "bench" / "results", f"memory-{subject.name}", facts, text)
+    report.write(report.RESULTS, f"memory-{subject.name}", facts, text)
     print(text)
     return 1 if errors or slope > FLAT_BYTES_PER_CALL else 0
 

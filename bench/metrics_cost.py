@@ -14,13 +14,11 @@ import sys
 import time
 
 from bench import report
-from bench.subjects import ROOT
 from forno.server.metrics import Metrics
 
 CALLS = 200_000
 REPEATS = 5
 METHOD = "forno.v1.Predictor/Predict"
-RESULTS = ROOT / "bench" / "results"
 
 
 def record_us_per_call(calls_per_batch: int) -> float:
@@ -56,7 +54,7 @@ def scrape_us(models: int) -> float:
 
 def cpu_us_per_call() -> dict[int, float]:
     """Server CPU of a call by calls in flight, as last measured."""
-    rows = json.loads((RESULTS / "tiny.json").read_text())["summary"]
+    rows = json.loads((report.RESULTS / "tiny.json").read_text())["summary"]
     return {row["in_flight"]: row["cpu_us_per_call"] for row in rows if row["subject"] == "forno"}
 
 
@@ -78,17 +76,14 @@ def main() -> int:
         lines.append(f"| {calls} | {cost_us:.3f} | {whole_us[calls]:.1f} | {cost_us / whole_us[calls]:.2%} |")
     scrapes_us = {models: round(scrape_us(models)) for models in (1, 20)}
     lines += ["", *[f"A scrape of {models} models: {took_us} us." for models, took_us in scrapes_us.items()]]
-    facts: report.Record = {
-        "command": "python -m bench.metrics_cost",
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"in process, {CALLS:,} calls, best of {REPEATS}; what a call costs is that of results/tiny.json",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "records": records,
-        "scrapes_us": scrapes_us,
-    }
+    facts = report.facts(
+        "bench.metrics_cost",
+        f"in process, {CALLS:,} calls, best of {REPEATS}; what a call costs is that of results/tiny.json",
+        records=records,
+        scrapes_us=scrapes_us,
+    )
     text = "\n".join(lines)
-    report.write(RESULTS, "metrics_cost", facts, text)
+    report.write(report.RESULTS, "metrics_cost", facts, text)
     print(text)
     return 0
 

@@ -11,18 +11,16 @@ padding.md.
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench import report
 from bench.models import CACHE, IR_VERSION, OPSET
-from bench.report import machine, versions
 from forno.server.config import ModelSettings, PaddingSettings
 from forno.server.metrics import Metrics
 from forno.server.model import Model
@@ -30,6 +28,7 @@ from forno.server.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from forno.server.request import Answer
 
@@ -42,7 +41,6 @@ WARM_S = 3.0  # the allocator has met every shape by then, and the batcher knows
 HEADS, VOCABULARY, CLASSES = 4, 1000, 8
 ENCODERS = {"dense": (32, 1, False), "attention": (64, 2, True)}
 """Width, layers, and whether they attend: one where starting a run is most of its time, one where arithmetic is."""
-RESULTS = Path(__file__).parent / "results"
 WAYS: dict[str, PaddingSettings] = {
     "equal shapes only": PaddingSettings(),
     "padding: auto": PaddingSettings(enabled="auto"),
@@ -241,12 +239,7 @@ async def measure(encoder_name: str, seconds: float) -> dict[str, Any]:
 
 def table(encoders: dict[str, dict[str, Any]]) -> str:
     """The measurement for people."""
-    about = f"Lengths {LEAST_LENGTH} to {MOST_LENGTH}, {IN_FLIGHT} in flight, in one process."
-    lines = [
-        "# Variable lengths: padding against equal shapes only",
-        "",
-        f"{about} `python -m bench.padding` writes this.",
-    ]
+    lines = ["Variable lengths: padding against equal shapes only."]
     for encoder_name, ways in encoders.items():
         width, layers, _ = ENCODERS[encoder_name]
         base = ways["equal shapes only"]["rows_per_s"]
@@ -276,11 +269,13 @@ def main() -> None:
     """Measures, prints and writes."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
     encoders = {name: asyncio.run(measure(name, seconds)) for name in ENCODERS}
-    record = {"machine": machine(), "versions": versions(Path(__file__).parents[1]), "encoders": encoders}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "padding.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = report.facts(
+        "bench.padding",
+        f"lengths {LEAST_LENGTH} to {MOST_LENGTH}, {IN_FLIGHT} in flight, in process, {seconds:g} s each way",
+        encoders=encoders,
+    )
     text = table(encoders)
-    (RESULTS / "padding.md").write_text(text)
+    report.write(report.RESULTS, "padding", record, text)
     print(text)
 
 

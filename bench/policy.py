@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +23,6 @@ from forno.server.request import NEVER_US, Request
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).parents[1]
 BURSTS = (8, 32, 128)
 BATCHES = 200
 RUN_US, ROW_US = 2_000, 10
@@ -97,15 +93,12 @@ def main() -> None:
     ]
     lines = ["| deadlines | requests at once | us a request |", "| --- | ---: | ---: |"]
     lines += [f"| {each['deadlines']} | {each['burst']} | {each['us_per_request']:.2f} |" for each in found]
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.policy", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"least of {options.repeat} repetitions of {BATCHES} bursts",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "summary": found,
-    }
-    report.write(ROOT / "bench" / "results", options.name, facts, "\n".join(lines))
+    facts = report.facts(
+        "bench.policy",
+        f"least of {options.repeat} repetitions of {BATCHES} bursts",
+        summary=found,
+    )
+    report.write(report.RESULTS, options.name, facts, "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import h2load, models, report
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, SUBJECTS, environment
+from bench.subjects import SUBJECTS, environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -235,14 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "forno": served(levels, arguments.seconds, folder),
         }
         stages = staged(levels, arguments.seconds, folder)
-    facts: Record = {
-        "command": shlex.join(["python", "-m", "bench.profile", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"tiny model, closed loop, {arguments.seconds:g} s each, {SAMPLES_A_SECOND} samples a second",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "stages": {str(level): stages[level] for level in levels},
-    }
+    facts = report.facts(
+        "bench.profile",
+        f"tiny model, closed loop, {arguments.seconds:g} s each, {SAMPLES_A_SECOND} samples a second",
+        stages={str(level): stages[level] for level in levels},
+    )
     for name, by_level in measured.items():
         facts[name] = {
             str(level): {
@@ -254,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for level, one in by_level.items()
         }
     text = text_of(levels, facts)
-    report.write(ROOT / "bench" / "results", arguments.name, facts, text)
+    report.write(report.RESULTS, arguments.name, facts, text)
     print(text)
     return 0
 

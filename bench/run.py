@@ -12,7 +12,6 @@ other processes took part is measured again, up to three times.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from bench import h2load, limit, report
 from bench.process import ServerProcess, free_port, machine_busy_s
-from bench.subjects import ROOT, SUBJECTS, Subject, environment
+from bench.subjects import SUBJECTS, Subject, environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -187,20 +186,17 @@ def _finish(
     grids: dict[str, list[limit.Speed]], method: str,
 ) -> int:  # fmt: skip
     summaries = report.summarise(records)
-    facts: Record = {
-        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"closed loop, {h2load.version()} on the same machine, {method}, medians",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "summary": summaries,
-        "problems": problems,
-        "limits": {
+    facts = report.facts(
+        "bench",
+        f"closed loop, {h2load.version()} on the same machine, {method}, medians",
+        summary=summaries,
+        problems=problems,
+        limits={
             model: [{"setting": str(speed.setting), "rows_per_s": speed.rows_per_s} for speed in speeds]
             for model, speeds in grids.items()
         },
-        "records": records,
-    }
+        records=records,
+    )
     text = "\n".join(
         report.table([s for s in summaries if s["model"] == model], arguments.base or BASE[model]) for model in grids
     )
@@ -208,7 +204,7 @@ def _finish(
         f"{speed.setting} {speed.rows_per_s:,.1f} rows/s" for speed in speeds) + "\n"
         for model, speeds in grids.items())  # fmt: skip
     text += "".join(f"\nFailed: {problem}\n" for problem in problems)
-    as_json, as_text = report.write(ROOT / "bench" / "results", arguments.name, facts, text)
+    as_json, as_text = report.write(report.RESULTS, arguments.name, facts, text)
     _say(f"\n{report.header(facts)}\n\n{text}\nWritten: {as_json} and {as_text}")
     bad = [summary for summary in summaries if summary["errors"] or summary["rpc_errors"]]
     return 1 if problems or bad else 0

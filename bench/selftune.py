@@ -20,12 +20,10 @@ import asyncio
 import gc
 import os
 import random
-import shlex
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +39,6 @@ from forno.server.request import Request
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROOT = Path(__file__).parent
 IN_AIR = {"tiny": (16, 64), "costly": (8, 64), "resnet50": (4, 8)}
 SHARES = (0.4, 0.7)  # of the best closed rate, for the open loads
 TARGET_MS = {"tiny": 5, "costly": 20, "resnet50": 400}
@@ -231,16 +228,13 @@ def main() -> int:
             summaries.append(summary_of(found))
             best_per_s = max(best_per_s, summaries[-1]["best_figure"] if not share else 0.0)
             print(table(summaries[-1:]).splitlines()[-1], flush=True)
-    facts: report.Record = {
-        "command": shlex.join(["python", "-m", "bench.selftune", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"{options.rounds} interleaved rounds of {options.seconds} s, medians",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT.parent),
-        "summary": summaries,
-        "points": [asdict(point) for point in points],
-    }
-    report.write(ROOT / "results", options.name, facts, table(summaries))
+    facts = report.facts(
+        "bench.selftune",
+        f"{options.rounds} interleaved rounds of {options.seconds} s, medians",
+        summary=summaries,
+        points=[asdict(point) for point in points],
+    )
+    report.write(report.RESULTS, options.name, facts, table(summaries))
     return 0 if all(summary["ratio"] >= 0.95 for summary in summaries) else 1
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -197,16 +196,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="forno-bench-") as folder:
         result = soak(arguments.calls, arguments.callers, Path(folder))
-    facts: Record = {
-        "command": shlex.join(["python", "-m", "bench.soak", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"{result['calls']:,} calls of {arguments.callers} callers in {time.monotonic() - began:.0f} s",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
+    facts = report.facts(
+        "bench.soak",
+        f"{result['calls']:,} calls of {arguments.callers} callers in {time.monotonic() - began:.0f} s",
         **result,
-    }
+    )
     text = _text(result)
-    report.write(ROOT / "bench" / "results", arguments.name, facts, text)
+    report.write(report.RESULTS, arguments.name, facts, text)
     print(text)
     return 1 if result["wrong"] or result["slope_bytes_per_call"] > FLAT_BYTES_PER_CALL else 0
 

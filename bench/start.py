@@ -10,7 +10,6 @@ after the answer. The servers of another checkout, such as one of an earlier com
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -56,14 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         commit = report.versions(other)["commit"]
         started += [(subject, other.resolve(), f"{subject.name} of {commit}") for subject in subjects]
     records = [start_once(*one) for _ in range(arguments.starts + 1) for one in started][len(started) :]
-    facts: Record = {
-        "command": shlex.join(["python", "-m", "bench.start", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "method": f"{arguments.starts} starts of each after one that is not counted; they take turns",
-        "machine": report.machine(),
-        "versions": report.versions(ROOT),
-        "records": records,
-    }
+    facts = report.facts(
+        "bench.start",
+        f"{arguments.starts} starts of each after one that is not counted; they take turns",
+        records=records,
+    )
     lines = ["| server | first answer s | fastest | slowest | PSS MiB | end s |", "| --- |" + " --- |" * 5]
     for _, _, name in started:
         first_s, pss_mib, stop_s = (
@@ -74,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"| {statistics.median(pss_mib):.0f} | {statistics.median(stop_s):.2f} |"
         )
     text = "\n".join(lines)
-    report.write(ROOT / "bench" / "results", "start", facts, text)
+    report.write(report.RESULTS, "start", facts, text)
     print(text)
     return 0
 
