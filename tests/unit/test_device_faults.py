@@ -19,7 +19,7 @@ from tests.unit.test_slots_cuda import PAIR, doubled, pair
 from forno.kernels.devices import DeviceError
 from forno.kernels.devices.cpu import CpuDevice
 from forno.server.engines import onnx_cuda
-from forno.server.engines.onnx import weights_bytes
+from forno.server.engines.onnx_files import bytes_of
 from forno.server.errors import ConfigError, EngineFailed, EngineLost, NotReady
 from forno.server.model import ModelState
 from forno.server.slots.cuda import Gate, Ring
@@ -314,14 +314,14 @@ def test_weights_beside_the_model_are_counted(tmp_path: Path) -> None:
 
     path = onnx_models.mlp(tmp_path / "m.onnx")
     whole = path.stat().st_size
-    assert weights_bytes(path) == whole
+    assert bytes_of(path) == whole
     onnx.save(
         onnx.load(path), tmp_path / "split.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
     (tmp_path / "another.bin").write_bytes(bytes(1000))
     split, weights = (tmp_path / "split.onnx").stat().st_size, (tmp_path / "weights.bin").stat().st_size
     assert weights > 0
-    assert weights_bytes(tmp_path / "split.onnx") == split + weights
+    assert bytes_of(tmp_path / "split.onnx") == split + weights
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(path.read_bytes()[: whole // 2] + b"\xff" * 20)
-    assert weights_bytes(broken) == whole // 2 + 20
+    assert bytes_of(broken) == whole // 2 + 20

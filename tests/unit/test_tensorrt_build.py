@@ -22,9 +22,9 @@ from tests.unit.test_onnx_cuda import answers, normal
 
 from forno.server.config import ModelSettings
 from forno.server.engines import open_engine, tensorrt
+from forno.server.engines.onnx_files import files_of
 from forno.server.engines.tensorrt import builder, library
 from forno.server.engines.tensorrt.build import Plans
-from forno.server.engines.tensorrt.onnx_files import files_of
 from forno.server.errors import ConfigError, NotReady
 
 if TYPE_CHECKING:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import os
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,7 +29,7 @@ except ImportError as error:
     raise ConfigError("serving ONNX models needs ONNX Runtime; install it: pip install 'forno[server]'") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from forno.server.config import OnnxSettings
@@ -48,7 +46,6 @@ _FATAL_ONLY = 4  # what is less arrives as an exception
 _MOST_BINDINGS = 256
 _SMALL_BYTES = 4 * 1024 * 1024
 _UNTOUCHED = 0xA5
-_GRAPH, _INITIALIZER, _EXTERNAL_DATA = 7, 5, 13  # fields of onnx.proto's ModelProto, GraphProto and TensorProto
 
 
 class _Binding(NamedTuple):
@@ -205,54 +202,6 @@ def _is_small(path: Path) -> bool:
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def weights_bytes(path: Path) -> int:
-    """How large a model is: its file, and the files beside it that hold its weights."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        beside: set[str] = set()
-        with suppress(ValueError, IndexError, UnicodeDecodeError):  # it is in another format, or broken: see `_open`
-            for graph in _fields(content, 0, len(content), _GRAPH):
-                for initializer in _fields(content, *graph, _INITIALIZER):
-                    for entry in _fields(content, *initializer, _EXTERNAL_DATA):
-                        (key, *_), (value, *_) = [[*_fields(content, *entry, number)] for number in (1, 2)]
-                        if content[slice(*key)] == b"location":
-                            beside.add(content[slice(*value)].decode())
-        files = [path.parent / name for name in beside]
-        return len(content) + sum([each.stat().st_size for each in files if each.is_file()])
-
-
-def _fields(content: mmap.mmap, at: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
-    """Where the contents of a protobuf message's field of that number, of bytes or messages, begin and end.
-
-    Raises:
-        ValueError, IndexError: It is no such message.
-    """
-    while at < end:
-        key, at = _number(content, at)
-        match key & 7:
-            case 0:
-                _, at = _number(content, at)
-            case 1 | 5 as kind:
-                at += 8 if kind == 1 else 4
-            case 2:
-                length, at = _number(content, at)
-                if key >> 3 == wanted:
-                    yield at, at + length
-                at += length
-            case kind:
-                raise ValueError(f"a field of kind {kind} at {at}")
-
-
-def _number(content: mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        value |= (byte & 0x7F) << shift
-        at += 1
-        shift += 7
-        if byte < 0x80:
-            return value, at
 
 
 def reason(error: Exception) -> str:

@@ -20,7 +20,8 @@ import numpy as np
 import onnxruntime as ort
 
 from forno.kernels.devices import DeviceError, attached, open_device
-from forno.server.engines.onnx import element_type, reason, signature_of, weights_bytes
+from forno.server.engines.onnx import element_type, reason, signature_of
+from forno.server.engines.onnx_files import bytes_of
 from forno.server.errors import ConfigError, EngineLost
 from forno.server.profiles import Profiles
 from forno.server.slots.cuda import Ring
@@ -147,7 +148,7 @@ class OnnxCudaEngine:
         """Compares the weights with the memory that is free. What runs take is known only when they run."""
         with attached(self._device):
             free_bytes, total_bytes = self._device.memory_bytes()
-        model_bytes = weights_bytes(self._path)
+        model_bytes = bytes_of(self._path)
         limit_bytes = self._settings.memory_limit_bytes
         if 0 < limit_bytes < model_bytes:
             raise ConfigError(f"{self._path} has {model_bytes} bytes, but cuda.memory_limit_bytes allows {limit_bytes}")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forno.server.engines.tensorrt.onnx_files import files_of
+from forno.server.engines.onnx_files import files_of
 from forno.server.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -33,19 +33,36 @@ def files_of(model: Path) -> list[Path]:
     Raises:
         ConfigError: It is no ONNX model, or a file that it names is not there.
     """
-    try:
-        with model.open("rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # unmapped with its last view
-        names = sorted(set(_locations(content, "model")))
-    except (ValueError, IndexError, RecursionError) as error:  # empty, or lengths that lead out of it
-        raise ConfigError(f"{model} is not a readable ONNX model: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{model} cannot be read: {error.strerror}") from error
-    files = [model, *[model.parent / name for name in names]]
+    files = [model, *_beside(model)]
     for path in files:
         if not path.is_file():
             raise ConfigError(f"{model} has data in {path}, which is not there")
     return files
+
+
+def bytes_of(model: Path) -> int:
+    """How large a model is with its data, as far as that can be known: what is wrong with it, its runtime tells."""
+    try:
+        files = [model, *_beside(model)]
+    except ConfigError:  # it is in another format, or broken
+        files = [model]
+    return sum([path.stat().st_size for path in files if path.is_file()])
+
+
+def _beside(model: Path) -> list[Path]:
+    """The files with the model's data, by name.
+
+    Raises:
+        ConfigError: It is no ONNX model.
+    """
+    try:
+        with model.open("rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # unmapped with its last view
+        return [model.parent / name for name in sorted(set(_locations(content, "model")))]
+    except (ValueError, IndexError, RecursionError) as error:  # empty, or lengths that lead out of it
+        raise ConfigError(f"{model} is not a readable ONNX model: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{model} cannot be read: {error.strerror}") from error
 
 
 def _locations(view: memoryview, kind: str) -> Iterator[str]:
