@@ -88,9 +88,8 @@ class Batcher:
         self._instances = instances
         self._refused = refused
         self._groups: dict[RowShapes, Group] = {}
-        self._alone: tuple[Request, RowShapes, Tuner] | None = (
-            None  # all that waits, in no group: most that come when little is asked for
-        )
+        self._alone: tuple[Request, RowShapes, Tuner] | None = None
+        """All that waits, where it is in no group: most requests that come when little is asked for."""
         self._tuners: dict[RowShapes, Tuner] = {}
         self._tuner = Tuner(settings, max_rows)  # of the last run
         if not by_shape:
@@ -157,7 +156,8 @@ class Batcher:
             only_full: Whether a batch that could find more company is left for later.
         """
         if self._alone is not None:
-            batch = self._close_alone(*self._alone, now_us, only_full=only_full)
+            request, _, tuner = self._alone
+            batch = self._close_alone(request, tuner, now_us, only_full=only_full)
             if batch is not None:
                 return batch
             self._group_the_lone()
@@ -286,9 +286,7 @@ class Batcher:
             max(late_us / 1e6, others_late_us / 1e6, _LEAST_RETRY_S),
         )
 
-    def _close_alone(
-        self, request: Request, _key: RowShapes, tuner: Tuner, now_us: int, *, only_full: bool
-    ) -> Batch | None:
+    def _close_alone(self, request: Request, tuner: Tuner, now_us: int, *, only_full: bool) -> Batch | None:
         """The batch of the only request that waits; None where a glance does not tell that it should run."""
         rows = request.rows
         if rows < tuner.company.rows or (only_full and rows < tuner.cap) or request.future.done():

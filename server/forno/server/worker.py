@@ -176,9 +176,7 @@ class Worker:
         if self._timer is not None:
             self._timer.cancel()
         left = [request for run in self._runs for request in run.batch.requests] + self._batcher.take_all()
-        for request in left:
-            if not request.future.done():
-                request.future.set_exception(NotReady(f"model '{self._name}' stopped before the request had run"))
+        _refuse(left, NotReady, f"model '{self._name}' stopped before the request had run")
         if self._door is None:
             self._engine.close()
         else:
@@ -345,17 +343,13 @@ class Worker:
     def _lose(self, why: str) -> None:
         """Refuses what waits: others may still answer it."""
         self._on_lost(why)
-        for request in self._batcher.take_all():
-            if not request.future.done():
-                request.future.set_exception(NotReady(f"model '{self._name}' cannot run any more: its device is lost"))
+        _refuse(self._batcher.take_all(), NotReady, f"model '{self._name}' cannot run any more: its device is lost")
 
     def _fail(self, requests: Iterable[Request], what: str, error: Exception) -> None:
         """Answers without internals, and logs them under an id that the answer carries."""
         log_id = secrets.token_hex(4)
         log.error("%s: %s [%s]", self._name, what, log_id, exc_info=error)
-        for request in requests:
-            if not request.future.done():
-                request.future.set_exception(EngineFailed(f"{what}; the server's log has more under {log_id}"))
+        _refuse(requests, EngineFailed, f"{what}; the server's log has more under {log_id}")
 
     def _set_timer(self, now_us: int) -> None:
         """Wakes the pump when a batch falls due or requests expire, whichever comes first."""
@@ -378,6 +372,13 @@ class Worker:
         if not self._closed:
             self._batcher.expire(self._clock_us())
             self._pump()
+
+
+def _refuse(requests: Iterable[Request], kind: type[FornoError], why: str) -> None:
+    """Answers those that still wait, each with an error of its own."""
+    for request in requests:
+        if not request.future.done():
+            request.future.set_exception(kind(why))
 
 
 def _split(outputs: Sequence[Array], requests: Sequence[Request], rows: int) -> Iterable[Sequence[Array]]:
