@@ -139,18 +139,21 @@ class ImageReader:
         return image
 
     def _decode(self, image: Image.Image) -> Array:  # [height, width, channels], 0 to 255; any thread
-        size = (self._geometry.width, self._geometry.height)
         try:
-            image.draft(self._mode, (max(size), max(size)))  # a JPEG comes out smaller at once, at no loss to us
-            picture = shown_upright(image, self._mode)
-            if picture.size != size:
-                shrinks = picture.width >= size[0] and picture.height >= size[1]
-                filter_ = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-                picture = picture.resize(size, filter_)
-            pixels = np.asarray(picture, np.float32)
+            pixels = self._pixels(image)
         except Exception as error:  # decoders raise anything on broken data
             raise InvalidArgument(f"the {image.format} image is broken: {str(error)[:200]}") from error
         return pixels.reshape(*pixels.shape[:2], -1)
+
+    def _pixels(self, image: Image.Image) -> Array:
+        size = (self._geometry.width, self._geometry.height)
+        image.draft(self._mode, (max(size), max(size)))  # a JPEG comes out smaller at once, at no loss to us
+        picture = shown_upright(image, self._mode)
+        if picture.size != size:
+            shrinks = picture.width >= size[0] and picture.height >= size[1]
+            filter_ = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+            picture = picture.resize(size, filter_)
+        return np.asarray(picture, np.float32)
 
     def _to_input(self, pixels: Array) -> Array:  # [1, ...] in the model's layout
         if self._is_inverted(pixels):

@@ -10,6 +10,8 @@ from forno.server.errors import ConfigError, EngineFailed
 from forno.v1 import tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from forno.server.endpoints.payload import Decoded
     from forno.server.endpoints.settings import LabelOutput
     from forno.server.processing import Ranking
@@ -90,8 +92,7 @@ class LabelWriter:
         return self._labels.index(named) if named in self._labels else best
 
     def _entry(self, number: int, scores: Array) -> dict[str, Any]:
-        label = self._labels[number] if number < len(self._labels) else number
-        return {"prediction": label, "confidence": round(float(scores[number]), _CONFIDENCE_DIGITS)}
+        return _entry(self._labels, number, float(scores[number]))
 
 
 class RankedWriter:
@@ -129,14 +130,15 @@ class RankedWriter:
         return replies if decoded.many or len(replies) != 1 else replies[0]
 
     def _reply(self, scores: list[float], classes: list[int]) -> dict[str, Any]:
-        entries = [
-            {
-                "prediction": self._labels[number] if self._labels else number,
-                "confidence": round(score, _CONFIDENCE_DIGITS),
-            }
-            for score, number in zip(scores[: self._top_k or 1], classes, strict=False)
-        ]
+        best = zip(scores[: self._top_k or 1], classes, strict=False)
+        entries = [_entry(self._labels, number, score) for score, number in best]
         return {**entries[0], "top": entries} if self._top_k else entries[0]
+
+
+def _entry(labels: Sequence[str], number: int, score: float) -> dict[str, Any]:
+    """One class, by its label if it has one, and how likely it is."""
+    label = labels[number] if number < len(labels) else number
+    return {"prediction": label, "confidence": round(score, _CONFIDENCE_DIGITS)}
 
 
 def _scores_at(settings: LabelOutput, signature: Signature, where: str) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from forno.server.endpoints.image import ImageReader, shown_upright, shrunk
 from forno.server.endpoints.json_values import Place, to_array
 from forno.server.endpoints.payload import Decoded
-from forno.server.errors import ConfigError, InvalidArgument
+from forno.server.errors import ConfigError
 from forno.server.spelling import listed
 
 if TYPE_CHECKING:
@@ -62,20 +62,14 @@ class PixelsReader(ImageReader):
             raise place.wrong(f"has shape {list(array.shape)}, expected {wanted}, or a list of such")
         return Decoded({self._name: array.reshape(-1, *array.shape[-3:])}, many=array.ndim == 4)
 
-    def _decode(self, image: Image.Image) -> Array:  # [height, width, channels], uint8; any thread
-        try:
-            rows, columns = self._plan.window(image.height, image.width)[:2]
-            side = _SPARE * max(rows, columns)
-            image.draft(self._mode, (side, side))  # a JPEG comes out smaller at once, at no loss to us
-            picture = shown_upright(image, self._mode)
-            rows, columns = self._plan.window(picture.height, picture.width)[:2]
-            less = min(picture.height // (_SPARE * rows), picture.width // (_SPARE * columns))
-            if less > 1:
-                picture = shrunk(picture, less)
-            pixels = np.asarray(picture, np.uint8)
-        except Exception as error:  # decoders raise anything on broken data
-            raise InvalidArgument(f"the {image.format} image is broken: {str(error)[:200]}") from error
-        return pixels.reshape(*pixels.shape[:2], -1)
+    def _pixels(self, image: Image.Image) -> Array:  # uint8
+        rows, columns = self._plan.window(image.height, image.width)[:2]
+        side = _SPARE * max(rows, columns)
+        image.draft(self._mode, (side, side))  # a JPEG comes out smaller at once, at no loss to us
+        picture = shown_upright(image, self._mode)
+        rows, columns = self._plan.window(picture.height, picture.width)[:2]
+        less = min(picture.height // (_SPARE * rows), picture.width // (_SPARE * columns))
+        return np.asarray(shrunk(picture, less) if less > 1 else picture, np.uint8)
 
     def _to_input(self, pixels: Array) -> Array:  # [1, height, width, channels]
         return np.ascontiguousarray(255 - pixels if self._is_inverted(pixels) else pixels)[np.newaxis]
