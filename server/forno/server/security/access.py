@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from forno.server.errors import FornoError, PermissionDenied, RateLimited, Unauthenticated
+from forno.server.security.methods import LOOKUP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -88,6 +89,10 @@ class Principal:
             if len(self._verdicts) < _MAX_VERDICTS:
                 self._verdicts[right] = verdict
         return verdict
+
+    def may_call(self, need: str) -> bool:
+        """Whether it may call methods of this need; which models or endpoints is asked where a call names them."""
+        return self.predicts if need == LOOKUP else self.may(need)
 
     def ended(self, now_us: int) -> bool:
         """Whether it has to be found out anew who its credential stands for."""

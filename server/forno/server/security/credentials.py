@@ -28,6 +28,12 @@ def credential_of(metadata: Iterable[tuple[str, str | bytes]], *, trusted: bool,
     return "".join(found) + extra
 
 
+def pairs_of(credential: str) -> list[tuple[str, str]]:
+    """The keys and values in a text that `credential_of` has made."""
+    fields = credential.split("\0")
+    return [*zip(fields[::2], fields[1::2], strict=False)]
+
+
 def client_of(credential: str, peer: str) -> str:
     """The address of a call's maker, as limits know it.
 
@@ -35,6 +41,5 @@ def client_of(credential: str, peer: str) -> str:
         credential: As `credential_of` says; the edge may have told it there.
         peer: As the transport tells it.
     """
-    fields = credential.split("\0")
-    told = [value for key, value in zip(fields[::2], fields[1::2], strict=False) if key == PEER]
+    told = [value for key, value in pairs_of(credential) if key == PEER]
     return address_of(told[-1] if told else peer)

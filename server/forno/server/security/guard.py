@@ -12,7 +12,7 @@ from forno.server.clock import clock_us as monotonic_us
 from forno.server.errors import ConfigError, Unauthenticated
 from forno.server.security import methods
 from forno.server.security.access import KEY_PREFIX, NEVER_US, Epoch, Principal
-from forno.server.security.credentials import client_of
+from forno.server.security.credentials import client_of, pairs_of
 from forno.server.security.exposure import is_loopback
 from forno.server.security.headers import (
     ADMIN,
@@ -165,12 +165,8 @@ class Guard:
 
     def knows(self, need: str, credential: str) -> bool:
         """Whether it is known by heart that a credential may call a method."""
-        if self._supervisor is not None and f"{PEER}\0" not in credential:
-            return True
-        principal = self._known.get(credential)
-        if principal is None or principal.ended(self._clock_us()):
-            return False
-        return principal.predicts if need == methods.LOOKUP else principal.may(need)
+        principal = self._remembered(credential, self._clock_us())
+        return principal is not None and principal.may_call(need)
 
     def ask(self, need: str, credential: str, peer: str) -> bool:
         """Says of a call whose message has not come whether it may: as `admit`, which will be asked too.
@@ -189,21 +185,21 @@ class Guard:
 
     def _entitled(self, need: str, credential: str, peer: str, now_us: int) -> Principal:
         """Who calls, and may call this."""
-        if self._supervisor is not None and f"{PEER}\0" not in credential:
-            return self._supervisor
         if now_us >= self._epoch.look_at_us:
             self._look(now_us)
-        principal = self._known.get(credential)
-        if principal is None or principal.ended(now_us):
-            principal = self._identify(credential, peer, now_us)
-        if need == methods.LOOKUP:
-            if not principal.predicts:
-                raise principal.refusal("models or endpoints")
-        elif not principal.may(need):
-            raise principal.refusal(f"{need} methods")
+        principal = self._remembered(credential, now_us) or self._identify(credential, peer, now_us)
+        if not principal.may_call(need):
+            raise principal.refusal("models or endpoints" if need == methods.LOOKUP else f"{need} methods")
         if principal.anonymous and self._limited:
             principal = self._limited_at(principal, credential, peer)
         return principal
+
+    def _remembered(self, credential: str, now_us: int) -> Principal | None:
+        """Who calls, where that is known by heart."""
+        if self._supervisor is not None and f"{PEER}\0" not in credential:
+            return self._supervisor
+        principal = self._known.get(credential)
+        return None if principal is None or principal.ended(now_us) else principal
 
     def _limited_at(self, nobody: Principal, credential: str, peer: str) -> Principal:
         """A caller without a credential, as its address: what it sends on a stream counts against that one's limit."""
@@ -230,8 +226,7 @@ class Guard:
 
     def _identify(self, credential: str, peer: str, now_us: int) -> Principal:
         self._known.forget(credential)
-        fields = credential.split("\0")
-        pairs = [*zip(fields[::2], fields[1::2], strict=False)]
+        pairs = pairs_of(credential)
         asked = self._keys or self._tokens  # otherwise it is not for us: some callers send one everywhere
         shown = [(key, value) for key, value in pairs if asked and key in (AUTHORIZATION, API_KEY)]
         door = ADMIN if (DOOR, ADMIN) in pairs else ""
@@ -339,8 +334,7 @@ def make(config: Config, public: str = "", rates: Path | None = None) -> Guard |
     """
     loopback = is_loopback(public or config.server.address)
     guard = Guard(config.security, loopback=loopback, rates=Table(rates) if rates else None)
-    paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
-    return guard if any(guard.admission(path) for path in paths) else None
+    return guard if any(_asked(guard)) else None
 
 
 def renew(
@@ -368,7 +362,9 @@ def renew(
 
 
 def _asked(guard: Guard | None) -> list[str | None]:
-    return [guard.admission(path) if guard else None for path in ("", *methods.NEEDS)]
+    """What each method asks its callers for."""
+    paths = ("", *methods.NEEDS)  # "" stands for methods that are named nowhere
+    return [guard.admission(path) if guard else None for path in paths]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ MAX_CREDENTIAL_CHARS, _MAX_ANONYMOUS_CHARS = 16 * 1024, 4096
 
 
 class Known:
-    """Principals by the text of their credentials (`guard.credential_of`). Owned by the guard; event loop only."""
+    """Principals by the text of their credentials (see `credential_of`). Owned by the guard; event loop only."""
 
     def __init__(self) -> None:
         self._principals: OrderedDict[str, Principal] = OrderedDict()
