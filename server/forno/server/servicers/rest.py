@@ -118,15 +118,16 @@ class RestServicer(rest_pb2_grpc.RestServicer):
 
     async def _predict(self, request: rest_pb2.RestPredictRequest, expires_us: int) -> HttpBody:
         media_type = request.body.content_type.partition(";")[0].strip().lower()
+        data = request.body.data  # once: protobuf copies it at each look
         if media_type == "application/octet-stream":
             model = self._registry.get(request.model, request.version, request.label)
             body = json_body.Body(form="native", content=None)
-            arrays = _raw_input(model, request.body.data)
+            arrays = _raw_input(model, data)
         elif media_type in UNTOLD or is_json(media_type):
-            body = json_body.parse(request.body.data)
+            body = json_body.parse(data)
             model = self._registry.get(*selected(request, body))
             model.signature.output_indexes(body.outputs)  # so that a wrong name costs no run
-            await _after_others(request.body.data)
+            await _after_others(data)
             arrays = json_inputs.tensors_of(body, model.signature)
         else:
             raise InvalidArgument(
@@ -139,7 +140,7 @@ class RestServicer(rest_pb2_grpc.RestServicer):
         expires_us = waits_until_us(deadline_us, body.queue_timeout_us or 0, now_us)
         async with _late_after(body.timeout_us):
             answer = await call(model, arrays, expires_us=expires_us, priority=body.priority, deadline_us=deadline_us)
-        await _after_others(request.body.data)
+        await _after_others(data)
         value = json_outputs.document(
             body,
             answer,
@@ -148,7 +149,7 @@ class RestServicer(rest_pb2_grpc.RestServicer):
             model=model.name,
             version=model.version,
         )
-        await _after_others(request.body.data)
+        await _after_others(data)
         return _json(value)
 
     def _expiry_us(self, context: Context, timeout_us: int | None) -> int:

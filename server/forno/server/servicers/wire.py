@@ -77,8 +77,6 @@ class AnswerWriter:
         self._names = (_delimited(_MODEL, model.encode()) if model else b"") + (
             _delimited(_VERSION, version.encode()) if version else b""
         )
-        self._timed = (-1, -1, -1)  # of the last answer: most of a batch have the same
-        self._timings = b""
 
     def parts(self, answer: Answer) -> list[Part]:
         """The answer as pieces to be joined; outputs are views, valid as long as the answer's own.
@@ -104,9 +102,7 @@ class AnswerWriter:
                 parts.append(_buffer(output))
         parts.append(self._names)
         timed = (answer.queue_us, answer.compute_us, answer.batch_rows)
-        if timed != self._timed:
-            self._timed, self._timings = timed, _kept.get(timed) or _timings(*timed)
-        parts.append(self._timings)
+        parts.append(_kept.get(timed) or _timings(*timed))
         return parts
 
 
