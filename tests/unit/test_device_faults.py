@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto as Type
 from onnx import helper
 from tests.unit import onnx_models
+from tests.unit.devices import Losable
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 from tests.unit.test_onnx_cuda import answers, normal, opened
@@ -28,44 +29,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Faulty(CpuDevice):
-    """Fails when it is told to: one copy out, or from then on every call, as a driver does after a fault."""
+class Faulty(Losable):
+    """Fails in one copy out, too, when it is told to."""
 
-    def __init__(self) -> None:
-        super().__init__(runtime_memory=True)
-        self.fails_once = self.is_lost = False
+    fails_once = False
 
     def copy_out(self, *to_do: int) -> None:
         if self.fails_once:
             self.fails_once = False
             raise DeviceError("copy_out failed: a passing fault")
-        self._check("copy_out")
         super().copy_out(*to_do)
-
-    def finish(self, stream: int) -> None:
-        self._check("finish")
-        super().finish(stream)
-
-    def synchronize(self, event: int) -> None:
-        self._check("synchronize")
-        super().synchronize(event)
-
-    def free(self, pointer: int) -> None:
-        self._check("free")
-        super().free(pointer)
-
-    def close_stream(self, stream: int) -> None:
-        self._check("close_stream")
-        super().close_stream(stream)
-
-    def _check(self, call: str) -> None:
-        if self.is_lost:
-            raise DeviceError(f"{call} failed: an illegal memory access was encountered")
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Faulty:
-    made = Faulty()
+    made = Faulty(runtime_memory=True)
     monkeypatch.setattr(onnx_cuda, "open_device", lambda name, ordinal: made)
     return made
 
@@ -134,7 +112,7 @@ def test_slots_that_do_not_fit_fail_the_start_and_leave_nothing(tmp_path: Path, 
 
 
 def test_after_a_loss_every_run_says_so_and_touches_nothing() -> None:
-    device = Faulty()
+    device = Losable(runtime_memory=True)
     ring = Ring(device)
     slots = [ring.new_slot(PAIR, 4) for _ in range(2)]
     for number, slot in enumerate(slots):

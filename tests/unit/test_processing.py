@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from tests.unit import onnx_models
+from tests.unit.devices import Counting
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 
@@ -222,17 +223,6 @@ class TestAModel:
 
 @needs_kernels
 def test_only_bytes_go_in_and_only_the_best_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[tuple[str, int]] = []
-
-    class Counting(CpuDevice):
-        def copy_in(self, *to_do: int) -> None:
-            copies.append(("in", to_do[2]))
-            super().copy_in(*to_do)
-
-        def copy_out(self, *to_do: int) -> None:
-            copies.append(("out", to_do[2]))
-            super().copy_out(*to_do)
-
     device = Counting(runtime_memory=True)
     monkeypatch.setattr(onnx_cuda, "open_device", lambda name, ordinal: device)
     path = onnx_models.seeing(tmp_path / "m.onnx", size=(64, 64), classes=1000)
@@ -240,13 +230,13 @@ def test_only_bytes_go_in_and_only_the_best_come_out(tmp_path: Path, monkeypatch
     async def live() -> None:
         model = made(path, device="cuda", preprocess=IMAGENET, postprocess={"top_k": 5})
         await model.load()
-        copies.clear()
+        device.copies.clear()
         await ask(model, image=images(1, (20, 30))[0])
         await model.close(1)
 
     asyncio.run(live())
     image_bytes, offsets_bytes, ways_bytes = 20 * 30 * 3, 8, 24
-    assert copies == [
+    assert device.copies == [
         ("in", -(-image_bytes // 256) * 256 + -(-offsets_bytes // 256) * 256 + ways_bytes),  # 2.3 kB; floats: 49 kB
         ("out", 256 + 5 * 4),  # all scores: 4 kB
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.devices import Counting
 
 from forno.kernels.devices import OutOfDeviceMemory
 from forno.kernels.devices.cpu import CpuDevice
@@ -89,24 +90,14 @@ def test_threads_share_the_streams(seed: int) -> None:
 
 
 def test_a_batch_is_one_copy_each_way_of_what_is_used() -> None:
-    copies: list[tuple[str, int]] = []
-
-    class Counting(CpuDevice):
-        def copy_in(self, *to_do: int) -> None:
-            copies.append(("in", to_do[2]))
-            super().copy_in(*to_do)
-
-        def copy_out(self, *to_do: int) -> None:
-            copies.append(("out", to_do[2]))
-            super().copy_out(*to_do)
-
-    ring = Ring(Counting())
+    device = Counting()
+    ring = Ring(device)
     slot = ring.new_slot(PAIR, 64)
     slot.load([pair(1, 2), pair(2, 1)], 3)
     assert [address % 256 for address in slot.addresses] == [0, 0]
     addresses = list(slot.addresses)
     ring.run(slot, lambda: doubled(ring, slot))
-    assert copies == [("in", 256 + 3 * 8), ("out", 256 + 3 * 8)]
+    assert device.copies == [("in", 256 + 3 * 8), ("out", 256 + 3 * 8)]
     slot.load([pair(3, 3)], 3)
     assert slot.addresses == addresses  # as graphs and bindings need them
     ring.close()

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto as Type
 from tests.unit import onnx_models, plans
+from tests.unit.devices import Losable
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 from tests.unit.test_onnx_cuda import answers, normal
 
 from forno.kernels import build
-from forno.kernels.devices import DeviceError
 from forno.server.config import ModelSettings
 from forno.server.engines import device_name, open_engine, tensorrt
 from forno.server.engines.tensorrt import library
@@ -383,39 +383,21 @@ def test_images_in_and_best_classes_out(
 
 
 def test_a_device_that_is_lost_takes_the_engine_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lost(plans.StrictDevice):
-        lost = False
+    class Device(Losable, plans.StrictDevice):
+        pass
 
-        def finish(self, stream: int) -> None:
-            self._check()
-            super().finish(stream)
-
-        def synchronize(self, event: int) -> None:
-            self._check()
-            super().synchronize(event)
-
-        def free(self, pointer: int) -> None:
-            self._check()
-            super().free(pointer)
-
-        def close_graph(self, graph: int) -> None:
-            self._check()
-            super().close_graph(graph)
-
-        def _check(self) -> None:
-            if self.lost:
-                raise DeviceError("an address that is not there")
-
-    device = Lost()
+    device = Device()
     plans.installed(monkeypatch, device)
     plan, _ = mlp(tmp_path)
     engine = opened(plan, device, cuda={"graphs": True})
     slot = engine.new_slot(4)
     for _ in range(3):
         answers(engine, slot, (normal(2, 8),))
-    device.lost = True
+    device.is_lost = True
     for _ in range(2):
-        with pytest.raises(EngineLost, match=r"device 'cuda:0' is lost to this process: an address that is not there"):
+        with pytest.raises(
+            EngineLost, match=r"device 'cuda:0' is lost to this process: finish failed: an illegal"
+        ):
             answers(engine, slot, (normal(2, 8),))
     engine.close()  # gives back what can be, and raises nothing
     plans.uninstalled()
