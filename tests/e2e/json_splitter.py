@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
+from tests.compiling import NATIVE, shared_library
 from tests.e2e.forno_server import ROOT
 
 if TYPE_CHECKING:
@@ -15,17 +14,15 @@ if TYPE_CHECKING:
 
     Split = tuple[bytes, list[int], bytes] | None
 
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-NATIVE = ROOT / "server/forno/server/transport/envoy/native"
+SOURCES = ROOT / "server/forno/server/transport/envoy/native"
 HEAD = b"head\n"
 
 
 def compiled(folder: Path) -> Callable[[bytes, Sequence[int]], Split]:
     """A function of a body and the places where its pieces end: key, counts, and numbers as the bytes of doubles."""
     library = folder / "json_split.so"
-    sources = [str(ROOT / "tests/native/json_split_c.cc"), str(NATIVE / "json_split.cc")]
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{NATIVE}"]
-    subprocess.run([str(COMPILER), *flags, *sources, "-o", str(library)], check=True)
+    sources = (NATIVE / "json_split_c.cc", SOURCES / "json_split.cc")
+    shared_library(library, *sources, options=(f"-I{SOURCES}",))
     function = ctypes.CDLL(str(library)).json_split
     function.restype = ctypes.c_size_t
 

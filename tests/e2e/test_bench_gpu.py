@@ -12,9 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from bench import gpu_models
+from tests.compiling import needs_compiler
 from tests.e2e.forno_server import ROOT, environment
-
-from forno.kernels import build
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +24,7 @@ def bench(*arguments: str, model: str = "tiny") -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=50, check=False)
 
 
-@pytest.mark.skipif(not build.compiler(), reason="the kernels need a C++ compiler on the CPU")
+@needs_compiler
 @pytest.mark.parametrize("model", ["tiny", "small-uint8", "small-minilm"])
 def test_everything_is_measured(tmp_path: Path, model: str) -> None:
     done = bench("--device", "cpu", "--out", str(tmp_path), model=model)

@@ -10,7 +10,8 @@ import pytest
 from google.api.httpbody_pb2 import HttpBody
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.e2e.json_splitter import COMPILER, HEAD, compiled
+from tests.compiling import needs_compiler
+from tests.e2e.json_splitter import HEAD, compiled
 from tests.unit.calls import Aborted, CallContext, loaded, registry_of, sums_model
 
 from forno.server.clock import clock_us
@@ -22,7 +23,7 @@ from forno.server.servicers.hot_rest import HotRest
 from forno.server.servicers.plans import MAX_PLANS
 from forno.server.servicers.rest import RestServicer, request_of
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 
 JSON = "application/json"
 

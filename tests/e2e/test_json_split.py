@@ -10,11 +10,12 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.e2e.json_splitter import COMPILER, HEAD, compiled
+from tests.compiling import needs_compiler
+from tests.e2e.json_splitter import HEAD, compiled
 
 MARK = "\0"
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="session")

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.compiling import NATIVE, needs_compiler, shared_library
 from tests.e2e.forno_server import ROOT
 
 from forno.server.servicers.hot import ITEM_LAYOUT, LAYOUT
 from forno.v1 import predictor_pb2, tensor_pb2
 
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-NATIVE = ROOT / "server/forno/server/transport/envoy/native"
+SOURCES = ROOT / "server/forno/server/transport/envoy/native"
 MAX_SPANS = 512
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="session")
 def split(tmp_path_factory):
     library = tmp_path_factory.mktemp("split") / "split.so"
-    sources = [str(ROOT / "tests/native/split_c.cc"), str(NATIVE / "split.cc")]
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{NATIVE}", *sources, "-o", str(library)], check=True
-    )
+    shared_library(library, NATIVE / "split_c.cc", SOURCES / "split.cc", options=(f"-I{SOURCES}",))
     function = ctypes.CDLL(str(library)).split
     function.restype = ctypes.c_size_t
 

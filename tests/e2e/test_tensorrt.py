@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
+from tests.compiling import fake_driver
 from tests.e2e.forno_server import ROOT, FornoServer, environment
 from tests.unit import onnx_models
 from tests.unit.plans import FAKE
 from tests.unit.test_engines import plain
 
-from forno.kernels import build
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 
 if TYPE_CHECKING:
@@ -33,13 +33,8 @@ models:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the fake libcuda.so.1."""
     pytest.importorskip("cuda.bindings", reason="cuda-bindings are missing")
-    if not build.compiler():
-        pytest.skip("a C++ compiler is missing")
     folder = tmp_path_factory.mktemp("driver")
-    options = ["-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", f"-I{build.SOURCES}"]
-    source = ROOT / "tests" / "native" / "fake_driver.cc"
-    command = [*build.compiler(), *options, str(source), "-o", str(folder / "libcuda.so.1"), "-ldl"]
-    subprocess.run(command, check=True)
+    fake_driver(folder)
     return folder
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.compiling import NATIVE, fake_driver, needs_compiler
 from tests.device_cases import *  # noqa: F403
 from tests.device_cases import Rooms
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent.parent
-needs_compiler = pytest.mark.skipif(not build.compiler(), reason="the kernels need a C++ compiler on the CPU")
 
 
 @pytest.fixture(scope="session")
@@ -166,12 +166,7 @@ def test_the_real_library_on_a_fake_driver(name: str, tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings" if name == "cuda" else "pycuda", reason=f"the library of '{name}' is missing")
     cache = tmp_path / "cache"
     build.kernels_for("sm_90", cache / "forno" / "kernels")  # NVRTC is not for a fake driver
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", f"-I{build.SOURCES}"]
-    fake = ROOT / "tests" / "native" / "fake_driver.cc"
-    source, library = tmp_path / "driver.cc", tmp_path / "libcuda.so.1"
-    source.write_text(f'#include "{fake}"\n' + (unused_calls(fake.read_text()) if name == "pycuda" else ""))
-    command = [*build.compiler(), *options, str(source), "-o", str(library), "-ldl"]
-    subprocess.run(command, check=True)
+    fake_driver(tmp_path, unused_calls() if name == "pycuda" else "")
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(tmp_path),
@@ -184,12 +179,13 @@ def test_the_real_library_on_a_fake_driver(name: str, tmp_path: Path) -> None:
     assert " passed" in done.stdout
 
 
-def unused_calls(fake: str) -> str:
+def unused_calls() -> str:
     """The calls that PyCUDA is linked against, used or not, and that the fake driver lacks: they fail."""
     library = importlib.util.find_spec("pycuda._driver")
     assert library is not None
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", library.origin], capture_output=True, text=True, check=True
     )
+    fake = (NATIVE / "fake_driver.cc").read_text()
     wanted = re.findall(r" U (cu[A-Z]\w+)", listed.stdout)
     return "".join(f"CALL {call}() {{ return 801; }}\n" for call in wanted if f"CALL {call}(" not in fake)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import build_kernels
 import pytest
+from tests.compiling import NATIVE, needs_compiler
 
 from forno.kernels import build
 from forno.kernels.devices import DeviceError, DeviceUnavailable, open_device
 from forno.kernels.library import packed
 
-NATIVE = Path(__file__).parent.parent / "native"
 NAMES = sorted(
     name
     for path in build.SOURCES.glob("*.cu")
@@ -30,7 +30,6 @@ NAMES = sorted(
     for found in re.findall(rf"^{macro}\(([a-z0-9, ]+)\)$", path.read_text(), re.MULTILINE)
     for name in [prefix + found.replace(", ", "_") for prefix in prefixes]
 )
-needs_compiler = pytest.mark.skipif(not build.compiler(), reason="the kernels need a C++ compiler on the CPU")
 
 
 def nvrtc_obstacle() -> str:

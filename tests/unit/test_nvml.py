@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.compiling import NATIVE, shared_library
 
-from forno.kernels import build
 from forno.kernels.nvml import Reading
 from forno.server.config import Config, ModelSettings
 from forno.server.model import Gpu
@@ -44,11 +44,8 @@ def readings(*bus_ids: str, library: Path | None = None, fault: str = "") -> tup
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    if not build.compiler():
-        pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("nvml")
-    source, target = ROOT / "tests" / "native" / "fake_nvml.cc", folder / "libnvidia-ml.so.1"
-    subprocess.run([*build.compiler(), "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    shared_library(folder / "libnvidia-ml.so.1", NATIVE / "fake_nvml.cc")
     return folder
 
 

@@ -13,12 +13,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from tests.compiling import needs_compiler
 from tests.unit import onnx_models
 from tests.unit.devices import Counting
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 
-from forno.kernels import build, host, reference
+from forno.kernels import host, reference
 from forno.kernels.devices.cpu import CpuDevice
 from forno.server.config import Config, ModelSettings
 from forno.server.engines import onnx_cuda
@@ -28,7 +29,6 @@ from forno.server.processing import plan
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET: dict[str, Any] = {"mean": list(MEAN), "std": list(STD)}
 SCALE, BIAS = [1 / 255 / std for std in STD], [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
-needs_kernels = pytest.mark.skipif(not build.compiler(), reason="the kernels need a C++ compiler on the CPU")
 
 
 def images(seed: int, *sizes: tuple[int, int], channels: int = 3) -> list[Any]:
@@ -135,7 +135,7 @@ def wanted(path: Path, pictures: list[Any], to: tuple[int, int], k: int, **ways:
     return reference.softmax_topk(plain(path, tensor)[0], k, softmax=True)
 
 
-@pytest.fixture(params=["cpu", pytest.param("kernels", marks=needs_kernels)])
+@pytest.fixture(params=["cpu", pytest.param("kernels", marks=needs_compiler)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Where a model runs: on the CPU, or as on a GPU, with the kernels and streams of the CPU's device."""
     device = CpuDevice(runtime_memory=True, choose=random.Random(3).choice)
@@ -221,7 +221,7 @@ class TestAModel:
         self.live(path, check, device=place, preprocess={"resize": 6, **IMAGENET})
 
 
-@needs_kernels
+@needs_compiler
 def test_only_bytes_go_in_and_only_the_best_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Counting(runtime_memory=True)
     monkeypatch.setattr(onnx_cuda, "open_device", lambda name, ordinal: device)

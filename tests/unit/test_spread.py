@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.compiling import needs_compiler
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
-from tests.unit.test_processing import IMAGENET, images, needs_kernels, wanted
+from tests.unit.test_processing import IMAGENET, images, wanted
 
 from forno.kernels.devices import DeviceUnavailable
 from forno.kernels.devices.cpu import CpuDevice
@@ -69,7 +70,7 @@ def test_each_device_takes_its_share(tmp_path: Path, devices: Any) -> None:
     assert devices[0].batches + devices[2].batches >= 75
 
 
-@needs_kernels
+@needs_compiler
 def test_images_are_processed_where_they_are(tmp_path: Path, devices: Any) -> None:
     path = onnx_models.seeing(tmp_path / "m.onnx")
     pictures = images(1, *[(3 + number, 40 - number) for number in range(20)])

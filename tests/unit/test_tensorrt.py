@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from onnx import TensorProto as Type
+from tests.compiling import needs_compiler
 from tests.unit import onnx_models, plans
 from tests.unit.devices import Losable
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 from tests.unit.test_onnx_cuda import answers, normal
 
-from forno.kernels import build
 from forno.server.config import ModelSettings
 from forno.server.engines import device_name, open_engine, tensorrt
 from forno.server.engines.tensorrt import library
@@ -356,7 +356,7 @@ def test_rows_that_neither_settings_nor_plan_allow(
         live(monkeypatch, device, plan, None, padding={"allowed_rows": [2, 4]})
 
 
-@pytest.mark.skipif(not build.compiler(), reason="the kernels need a C++ compiler on the CPU")
+@needs_compiler
 @pytest.mark.parametrize("graphs", [False, True])
 def test_images_in_and_best_classes_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Any, graphs: bool
@@ -395,9 +395,7 @@ def test_a_device_that_is_lost_takes_the_engine_with_it(tmp_path: Path, monkeypa
         answers(engine, slot, (normal(2, 8),))
     device.is_lost = True
     for _ in range(2):
-        with pytest.raises(
-            EngineLost, match=r"device 'cuda:0' is lost to this process: finish failed: an illegal"
-        ):
+        with pytest.raises(EngineLost, match=r"device 'cuda:0' is lost to this process: finish failed: an illegal"):
             answers(engine, slot, (normal(2, 8),))
     engine.close()  # gives back what can be, and raises nothing
     plans.uninstalled()
