@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import h2.exceptions
 import hpack
 from tests.e2e.raw_http2 import RawClient, frame
-from tests.e2e.secured import ROWS, Secured, SecuredServer, predict
+from tests.e2e.secured import ROWS, Secured, SecuredServer, keyed_server, predict
 
 from forno.v1 import predictor_pb2 as pb
 
@@ -336,7 +336,7 @@ def _children(pid: int) -> list[int]:
 def fuzz(folder: Path, inputs: int, seed: int, transport: str = "envoy") -> dict[str, Any]:
     """Starts a server, sends the inputs, and says what became of them and of the server."""
     files = Secured(folder)
-    with SecuredServer(files, files.settings(keys_file="keys.yaml"), transport, encrypted=False) as server:
+    with keyed_server(files, transport) as server:
         fuzzer = Fuzzer(server, seed)
         fuzzer.run(min(500, inputs // 4))  # what a first use allocates is no leak
         before, began = resident_bytes(server.process.pid), time.monotonic()

@@ -112,7 +112,6 @@ class Secured:
         self.folder = folder
         self.authority, self.provider = Authority(), Provider()
         self.keys_file = folder / "keys.yaml"
-        self.alpha = Credential()  # what a test's own callers share
         self.rotate_certificate()
         (folder / "clients.pem").write_bytes(self.authority.certificate)
         (folder / "jwks.json").write_text(self.provider.jwks())
@@ -251,6 +250,11 @@ class SecuredServer(FornoServer):
             return Reply(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
         finally:
             connection.close()
+
+
+def keyed_server(files: Secured, transport: str = "envoy", **security: Any) -> SecuredServer:
+    """One without TLS, which takes API keys."""
+    return SecuredServer(files, files.settings(keys_file="keys.yaml", **security), transport, encrypted=False)
 
 
 def predict(model: str) -> predictor_pb2.PredictRequest:

@@ -11,7 +11,7 @@ from google.protobuf import empty_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from tests.e2e.forno_server import forno, free_port
-from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, predict
+from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, keyed_server, predict
 
 PREDICT, METRICS = "/forno.v1.Predictor/Predict", "/forno.v1.Rest/Metrics"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -63,8 +63,7 @@ def test_administration_has_a_door_of_its_own(tmp_path, transport):
 def test_only_pages_of_named_origins_may_call(tmp_path, transport):
     files = Secured(tmp_path)
     key = files.key("predict")
-    settings = files.settings(keys_file="keys.yaml", cors={"origins": ["https://app.example"]})
-    with SecuredServer(files, settings, transport, encrypted=False) as server:
+    with keyed_server(files, transport, cors={"origins": ["https://app.example"]}) as server:
         path = "/v1/models/alpha:predict"
         asks = {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
         allowed = server.rest("OPTIONS", path, Credential(), origin="https://app.example", **asks)

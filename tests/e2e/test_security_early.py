@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from tests.e2e.raw_http2 import RawClient, frame
-from tests.e2e.secured import Credential, Secured, SecuredServer, predict
+from tests.e2e.secured import Credential, Secured, SecuredServer, keyed_server, predict
 
 from forno.v1 import predictor_pb2, tensors
 
@@ -23,8 +23,7 @@ LARGE = predictor_pb2.PredictRequest(model="alpha", inputs=[tensors.encode("x", 
 @pytest.fixture(scope="module", params=TRANSPORTS)
 def server(request, tmp_path_factory):
     files = Secured(tmp_path_factory.mktemp("early"))
-    files.alpha = files.key("predict:model/alpha", "predict:endpoint/alpha/run")
-    with SecuredServer(files, files.settings(keys_file="keys.yaml"), request.param, encrypted=False) as running:
+    with keyed_server(files, request.param) as running:
         yield running
 
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 
 import pytest
-from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, predict
+from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, keyed_server, predict
 
 from forno.server.security import keys
 
@@ -57,9 +57,7 @@ def test_replicas_count_a_client_together(tmp_path):
     files = Secured(tmp_path)
     one, other, pages = files.key("predict"), files.key("predict"), files.key("metrics")
     limit = {"calls_per_s": 20, "burst": 30}
-    server = SecuredServer(
-        files, files.settings(keys_file="keys.yaml", rate_limit=limit, anonymous=["health"]), "envoy", encrypted=False
-    )
+    server = keyed_server(files, rate_limit=limit, anonymous=["health"])
     server._command += ["--replicas", "3"]
     with server, contextlib.ExitStack() as stack:
         calls = [stack.enter_context(server.connect()).unary_unary(PREDICT) for _ in range(6)]

@@ -10,7 +10,7 @@ import grpc
 import pytest
 import yaml
 from google.rpc import error_details_pb2, status_pb2
-from tests.e2e.secured import Credential, Secured, SecuredServer, predict
+from tests.e2e.secured import Credential, Secured, SecuredServer, keyed_server, predict
 
 from forno.server.security import keys
 from forno.v1 import predictor_pb2 as pb
@@ -97,10 +97,6 @@ def files(tmp_path) -> Secured:
     return Secured(tmp_path)
 
 
-def serve(files: Secured, transport: str = "envoy", **security: object) -> SecuredServer:
-    return SecuredServer(files, files.settings(**{"keys_file": "keys.yaml", **security}), transport, encrypted=False)
-
-
 def eventually(caller: Caller, status: str) -> None:
     """Calls until a change of the keys file is seen, which is once a second."""
     end = time.monotonic() + 8
@@ -122,7 +118,7 @@ def test_every_sender_of_a_planned_request_is_asked(files, way):
         (pages, DENIED),
         (Credential({"authorization": "Bearer " + alpha.headers["X-Api-Key"]}), OK),
     ]
-    with serve(files) as server:
+    with keyed_server(files) as server:
         cold = server.rpc(PREDICT, predict("alpha"), beta)  # before there is a plan
         with way(server, alpha) as first:
             assert first.sends(3) == [OK] * 3
@@ -138,7 +134,7 @@ def test_callers_that_share_a_pass_of_the_loop_keep_their_own_rights(files):
     """Requests with one body that wait together are handed over together, whoever sends them."""
     credentials = [(files.key("predict:model/alpha"), OK), (files.key("predict:model/beta"), DENIED)]
     credentials += [(Credential(), UNKNOWN), (files.key("predict"), OK)]
-    with serve(files) as server, server.connect() as channel:
+    with keyed_server(files) as server, server.connect() as channel:
         call = channel.unary_unary(PREDICT)
         call(BODY, metadata=credentials[0][0].metadata, timeout=10)
         calls = [
@@ -152,7 +148,12 @@ def test_callers_that_share_a_pass_of_the_loop_keep_their_own_rights(files):
 def test_a_key_that_is_taken_back_or_narrowed_ends_what_was_planned(files, way):
     narrowed, removed, kept = files.key("predict"), files.key("predict"), files.key("predict")
     ids = [credential.headers["X-Api-Key"].split("_")[1] for credential in (narrowed, removed)]
-    with serve(files) as server, way(server, narrowed) as one, way(server, removed) as two, way(server, kept) as other:
+    with (
+        keyed_server(files) as server,
+        way(server, narrowed) as one,
+        way(server, removed) as two,
+        way(server, kept) as other,
+    ):
         for caller in (one, two, other):
             assert caller.sends(3) == [OK] * 3
         document = yaml.safe_load(files.keys_file.read_text())
@@ -176,7 +177,7 @@ LIMITED = [("envoy", way, anonymous) for way in (Unary, Items) for anonymous in 
 def test_planned_requests_count_against_the_limit(files, transport, way, anonymous):
     """The burst is answered, the opening of a stream being one of it; the others hear when to come again."""
     limit = {"calls_per_s": 0.01, "burst": BURST}
-    with serve(files, transport, rate_limit=limit, anonymous=["predict", "health"]) as server:
+    with keyed_server(files, transport, rate_limit=limit, anonymous=["predict", "health"]) as server:
         credential = Credential() if anonymous else files.key("predict")
         with way(server, credential) as one, way(server, files.key("predict")) as other:
             allowed = BURST - (way is Items)

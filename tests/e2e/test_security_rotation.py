@@ -9,7 +9,7 @@ import time
 
 import grpc
 import pytest
-from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, predict
+from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, keyed_server, predict
 
 from forno.server.security import keys
 
@@ -105,7 +105,7 @@ def test_a_key_that_is_taken_back_ends_its_streams(tmp_path):
 
     files = Secured(tmp_path)
     held = files.key("predict:model/alpha")
-    with SecuredServer(files, files.settings(keys_file="keys.yaml"), "envoy", encrypted=False) as server:
+    with keyed_server(files) as server:
         channel = server.connect()
         stream = channel.stream_stream(
             "/forno.v1.Predictor/PredictStream",
@@ -138,8 +138,7 @@ def test_a_key_that_is_taken_back_ends_its_streams(tmp_path):
 @pytest.mark.parametrize("transport", ["envoy", "proxy", "grpc"])
 def test_a_client_over_its_limit_is_told_when_to_come_again(tmp_path, transport):
     files = Secured(tmp_path)
-    settings = files.settings(keys_file="keys.yaml", rate_limit={"calls_per_s": 0.5, "burst": 3})
-    with SecuredServer(files, settings, transport, encrypted=False) as server:
+    with keyed_server(files, transport, rate_limit={"calls_per_s": 0.5, "burst": 3}) as server:
         one, other = files.key("predict"), files.key("predict")
         codes = [server.rpc(PREDICT, predict("alpha"), one)[0] for _ in range(5)]
         assert codes == ["OK"] * 3 + ["RESOURCE_EXHAUSTED"] * 2

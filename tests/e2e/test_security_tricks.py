@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cryptography import x509
 from tests.e2e.raw_http2 import RawClient, frame
-from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, predict
+from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, keyed_server, predict
 
 KINDS = ("envoy", "proxy")
 PATHS = [
@@ -76,14 +76,17 @@ HEADERS = [
 @pytest.fixture(scope="module", params=KINDS)
 def server(request, tmp_path_factory):
     files = Secured(tmp_path_factory.mktemp("tricks"))
-    files.alpha = files.key("predict:model/alpha", "predict:endpoint/alpha/run")
-    with SecuredServer(files, files.settings(keys_file="keys.yaml"), request.param, encrypted=False) as running:
+    with keyed_server(files, request.param) as running:
         yield running
 
 
+@pytest.fixture(scope="module")
+def alpha(server):
+    return server.files.key("predict:model/alpha", "predict:endpoint/alpha/run")
+
+
 @pytest.mark.parametrize("headers", HEADERS, ids=lambda headers: " ".join(headers)[:40])
-def test_no_path_leads_to_what_the_key_does_not_open(server, headers):
-    alpha = server.files.alpha
+def test_no_path_leads_to_what_the_key_does_not_open(server, alpha, headers):
     assert server.rest("POST", "/v1/models/alpha:predict", alpha, ROWS).status == 200
     assert server.rest("POST", "/v1/alpha/run", alpha, ROWS).status == 200
     reached = {}
@@ -97,8 +100,8 @@ def test_no_path_leads_to_what_the_key_does_not_open(server, headers):
     assert reached == {}
 
 
-def test_the_name_of_a_header_is_the_same_in_any_case(server):
-    made = server.files.alpha.headers["X-Api-Key"]
+def test_the_name_of_a_header_is_the_same_in_any_case(server, alpha):
+    made = alpha.headers["X-Api-Key"]
     path = "/v1/models/alpha:predict"
     for name in ("x-api-key", "X-API-KEY", "X-Api-Key"):
         assert server.rest("POST", path, Credential({name: made}), ROWS).status == 200
