@@ -33,7 +33,7 @@ test-all: install  ## all tests, the slow ones included
 	@$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
 
 test-install: $(STAMP)  ## the wheel in a fresh environment with the newest of what it needs, serving and called
-	@$(BIN)/python tools/try_install.py
+	@PYTHONPATH=. $(BIN)/python tools/try_install.py
 
 soak: $(STAMP)  ## only the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(TESTS)

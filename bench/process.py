@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,10 +23,15 @@ STATE, PARENT, UTIME, CSTIME = 0, 1, 11, 14
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody listens on now, nor is given to a connection until somebody does.
+
+    Systems take ports of outgoing connections, and those for `bind` to port 0, from 32768 up.
+    """
+    while True:
+        port = random.randrange(10_000, 32_768)  # noqa: S311  (no secret)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def machine_busy_s() -> float:

@@ -1,6 +1,6 @@
 """What a user gets: the wheel in a fresh environment with the newest of what it needs, serving and called.
 
-Usage: `python tools/try_install.py`. Needs a package index. Takes uv where it is on PATH, pip otherwise.
+Usage: `make test-install`. Needs a package index. Takes uv where it is on PATH, pip otherwise.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 import run_demo
+from bench.process import free_port
 
 ROOT = run_demo.ROOT
-ADDRESS = "127.0.0.1:28080"
 WANTED = ("label = [8]", '"prediction":"spam"', '{"prediction":"7","confidence":1.0}')
 
 
@@ -40,16 +40,16 @@ def main() -> int:
     Returns:
         0 if every call was answered as it should be and every server ended well, 1 otherwise.
     """
-    run_demo.refuse_if_taken(ADDRESS)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     failed = False
     with tempfile.TemporaryDirectory() as name:
         programs = install(Path(name))
         for transport in ("envoy", "proxy"):
-            command = [str(programs / "forno"), "serve", str(ROOT / "examples" / "forno.yaml"), "--address", ADDRESS]
+            address = f"127.0.0.1:{free_port()}"
+            command = [str(programs / "forno"), "serve", str(ROOT / "examples" / "forno.yaml"), "--address", address]
             server = subprocess.Popen([*command, "--transport", transport], cwd=name, env=clean, process_group=0)
-            run_demo.wait_until_ready(server, ADDRESS)
-            demo = [str(programs / "python"), str(ROOT / "examples" / "demo.py"), ADDRESS]
+            run_demo.wait_until_ready(server, address)
+            demo = [str(programs / "python"), str(ROOT / "examples" / "demo.py"), address]
             done = subprocess.run(demo, cwd=name, env=clean, capture_output=True, text=True, check=False)
             status = run_demo.stop(server)
             missing = [text for text in WANTED if text not in done.stdout]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+from bench.process import free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 if TYPE_CHECKING:
@@ -42,18 +40,6 @@ def environment() -> dict[str, str]:
     """The environment of a child process that imports Forno from this checkout, compiled once for hundreds of them."""
     path = os.pathsep.join([*ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
-
-
-def free_port() -> int:
-    """A port that nothing listens on now, nor is given to a connection until the server listens on it.
-
-    Systems take ports of outgoing connections, and those for `bind` to port 0, from 32768 up.
-    """
-    while True:
-        port = random.randrange(10_000, 32_768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def forno(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:

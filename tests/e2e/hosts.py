@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from tests.e2e.forno_server import ROOTS, free_port
+from bench.process import free_port
+from tests.e2e.forno_server import ROOTS
 
 from forno.server.address import Address
 from forno.server.config import Config, ServerSettings

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.forno_server import FLEET, FornoServer, free_port
+from bench.process import free_port
+from tests.e2e.forno_server import FLEET, FornoServer
 from tests.e2e.hosts import eventually
 from tests.e2e.raw_http2 import RawClient, frame
 

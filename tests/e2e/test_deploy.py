@@ -14,8 +14,9 @@ import check_deploy
 import numpy as np
 import pytest
 import yaml
+from bench.process import free_port
 from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.forno_server import FORNO, ROOT, FornoServer, environment, forno, free_port
+from tests.e2e.forno_server import FORNO, ROOT, FornoServer, environment, forno
 from tests.e2e.secured import Authority
 
 from forno.client import Client

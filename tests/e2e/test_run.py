@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.e2e.forno_server import ROOT, FornoServer, environment, free_port
+from bench.process import free_port
+from tests.e2e.forno_server import ROOT, FornoServer, environment
 from tests.e2e.hosts import eventually
 
 COMMAND = (sys.executable, "tools/run_demo.py")

@@ -9,7 +9,8 @@ import sys
 import time
 
 import yaml
-from tests.e2e.forno_server import ROOT, environment, free_port
+from bench.process import free_port
+from tests.e2e.forno_server import ROOT, environment
 
 from forno.server.config import SecuritySettings
 

@@ -7,10 +7,11 @@ import json
 
 import grpc
 import pytest
+from bench.process import free_port
 from google.protobuf import empty_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from tests.e2e.forno_server import forno, free_port
+from tests.e2e.forno_server import forno
 from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, keyed_server, predict
 
 PREDICT, METRICS = "/forno.v1.Predictor/Predict", "/forno.v1.Rest/Metrics"
