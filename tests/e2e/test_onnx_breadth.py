@@ -8,14 +8,8 @@ carry is refused at load, with a text that says why.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e import onnx_cases
+from tests.e2e.forno_server import ROOT, FornoServer
 from tests.e2e.onnx_cases import Case, Outcome
 
 from forno.server.config import ModelSettings
@@ -39,14 +33,11 @@ from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "onnx_breadth.json"
-SOURCES = ("proto", "server", "kernels", "clients/python")
 MODELS_PER_SERVER = 250
 FAST_STEP = 10
 START_LIMIT_S = 120
 CALL_LIMIT_S = 60
-MESSAGE_BYTES = 256 * 1024 * 1024
 # counted with onnx 1.23.2 and onnxruntime 1.32.0
 SERVED_AT_LEAST = 1690
 REFUSED_AT_LEAST = 159
@@ -97,10 +88,10 @@ def serve_and_compare(cases: Sequence[Case], transport: str, folder: Path) -> tu
         repository = folder / f"models-{served}"
         for case in group:
             write_model(case, repository / case.name / "1")
-        with running_server(repository, transport, folder / "server.log") as channel:
-            predict = predictor_pb2_grpc.PredictorStub(channel).Predict
-            with ThreadPoolExecutor(4) as pool:
-                found = list(pool.map(partial(compare, predict), group))
+        with FornoServer(repository, transport=transport, ready=False) as server, ThreadPoolExecutor(4) as pool:
+            server.wait_ready(START_LIMIT_S)
+            predict = predictor_pb2_grpc.PredictorStub(server.channel).Predict
+            found = list(pool.map(partial(compare, predict), group))
         served += sum(not texts for texts in found)
         mismatches += [text for texts in found for text in texts]
     return mismatches, served
@@ -158,46 +149,6 @@ def write_model(case: Case, folder: Path) -> Path:
     path = folder / "model.onnx"
     path.write_bytes(case.model.SerializeToString())
     return path
-
-
-@contextlib.contextmanager
-def running_server(repository: Path, transport: str, log: Path) -> Iterator[grpc.Channel]:
-    """A server of all models in a folder, once it serves."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    argv = [sys.executable, "-m", "forno.server", "serve", str(repository), "--address", address]
-    argv += ["--transport", transport]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / source) for source in SOURCES)}
-    with log.open("wb") as file:
-        process = subprocess.Popen(argv, env=env, stdout=file, stderr=file, start_new_session=True)
-    sizes = [(f"grpc.max_{way}_message_length", MESSAGE_BYTES) for way in ("send", "receive")]
-    try:
-        with grpc.insecure_channel(address, options=[*sizes, ("grpc.use_local_subchannel_pool", 1)]) as channel:
-            wait_until_serving(channel, process, log)
-            yield channel
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_serving(channel: grpc.Channel, process: subprocess.Popen[bytes], log: Path) -> None:
-    health = health_pb2_grpc.HealthStub(channel)
-    end_s = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < end_s:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended with status {process.returncode}:\n{log.read_text()[-3000:]}")
-        with contextlib.suppress(grpc.RpcError):
-            reply = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
-            if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                return
-        time.sleep(0.05)
-    pytest.fail(f"the server did not serve in {START_LIMIT_S} s:\n{log.read_text()[-3000:]}")
 
 
 def write_results(cases: Sequence[Case], mismatches: Mismatches, accepted: Sequence[str]) -> None:
