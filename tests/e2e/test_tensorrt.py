@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 from tests.compiling import fake_driver
 from tests.e2e.forno_server import ROOT, FornoServer, environment
+from tests.e2e.test_reload import reload
 from tests.unit import onnx_models
 from tests.unit.plans import FAKE
 from tests.unit.test_engines import plain
@@ -50,8 +52,8 @@ def folder(driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def predict(server: FornoServer, rows: Any) -> Future[Any]:
-    request = predictor_pb2.PredictRequest(model="m", inputs=[tensors.encode("x", rows)])
+def predict(server: FornoServer, rows: Any, **which: str) -> Future[Any]:
+    request = predictor_pb2.PredictRequest(model="m", inputs=[tensors.encode("x", rows)], **which)
     future: Future[Any] = predictor_pb2_grpc.PredictorStub(server.channel).Predict.future(request, timeout=20)
     return future
 
@@ -69,6 +71,28 @@ def test_a_model_is_built_served_and_taken_from_the_cache(folder: Path, transpor
             assert told in server.output()
         assert server.process.returncode == 0
     assert len([*(folder / "cache" / "forno" / "tensorrt").glob("m-*.plan")]) == 1
+
+
+def test_the_next_version_is_served_without_a_build(folder: Path) -> None:
+    (folder / "forno.yaml").write_text(
+        "models: {m: {path: m, engine: tensorrt, versions: 2, tensorrt: {refit: true}, batching: {max_rows: 4}}}\n"
+    )
+    models = {version: folder / "m" / version / "model.onnx" for version in ("1", "2")}
+    models["1"].parent.mkdir(parents=True)
+    onnx_models.mlp(models["1"])
+    rows = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    with FornoServer(folder / "forno.yaml") as server:
+        models["2"].parent.mkdir()
+        model = onnx.load(models["1"])
+        for each in model.graph.initializer:
+            each.CopyFrom(onnx.numpy_helper.from_array(-2 * onnx.numpy_helper.to_array(each), each.name))
+        onnx.save(model, models["2"])
+        assert "models loaded: m/2" in reload(server)
+        assert server.output().count(" built in ") == 1
+        assert server.output().count("given 2 weights in ") == 1
+        for version, path in models.items():
+            answer = tensors.decode(predict(server, rows, version=version).result().outputs[0])
+            np.testing.assert_allclose(answer, plain(path, rows)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_what_no_profile_holds_is_refused_in_words(folder: Path) -> None:

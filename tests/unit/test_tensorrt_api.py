@@ -37,7 +37,8 @@ print(json.dumps({"version": module.__version__, "names": names}))
 """
 _RUNS = {"DataType", "ExecutionContextAllocationStrategy", "ICudaEngine", "IExecutionContext", "ILogger",
          "IOutputAllocator", "Runtime", "TensorIOMode", "TensorLocation"}  # fmt: skip
-_OURS = {"ILogger.tell"}  # the fake's own
+_OURS = {"ILogger.tell", "ICudaEngine.take"}  # the fake's own
+_MADE = {"Builder", "OnnxParser", "OnnxParserRefitter", "Refitter", "Runtime"}  # by whoever uses TensorRT
 
 
 def stubs(bindings: Path, folder: Path) -> None:
@@ -74,13 +75,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def members(module: Any, kinds: set[str] | None = None) -> Iterator[tuple[str, Any]]:
     """Every name of the fake's interface, and what stands there."""
     for kind, value in vars(module).items():
-        if kind.startswith("_") or not isinstance(value, type) or kind in ("Any", "Enum", "Undefined"):
+        if kind.startswith("_") or not isinstance(value, type) or kind in ("Any", "Anything", "Enum", "Undefined"):
             continue
         if kinds is not None and kind not in kinds:
             continue
         yield kind, value
         for name, member in {**vars(value), **vars(value).get("__annotations__", {})}.items():
-            if not name.startswith("_") and f"{kind}.{name}" not in _OURS:
+            called = not name.startswith("_") or (name == "__init__" and kind in _MADE)
+            if called and f"{kind}.{name}" not in _OURS:
                 yield f"{kind}.{name}", member
 
 

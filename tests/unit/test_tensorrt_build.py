@@ -44,6 +44,7 @@ class Bench:
         self._patch = monkeypatch
         plans.installed(monkeypatch, self.device, version)
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(plans.FAKE), *ROOTS]))
+        monkeypatch.setenv("FAKE_TENSORRT_LOADS", "1")  # in the process that builds
 
     def wish(self, **wishes: Any) -> None:
         self._patch.setenv("FAKE_TENSORRT_BUILD", json.dumps(wishes))

@@ -23,6 +23,17 @@ if os.environ.get("FAKE_TENSORRT_DRIVER"):
     device = Driver()
 
 
+class Anything:
+    """A device to load plans on, and to run none."""
+
+    def is_attached(self) -> bool:
+        return True
+
+
+if os.environ.get("FAKE_TENSORRT_LOADS"):
+    device = Anything()
+
+
 class Undefined(BaseException):
     """What the real library does not survive, or whose outcome nobody knows."""
 
@@ -110,6 +121,7 @@ from tensorrt.builder import (  # noqa: E402
     OnnxParser,
     ParserError,
 )
+from tensorrt.refitter import OnnxParserRefitter, Refitter  # noqa: E402
 from tensorrt.runtime import ICudaEngine, IExecutionContext, Runtime  # noqa: E402
 
 __all__ = [
@@ -122,6 +134,8 @@ __all__ = [
     "IProgressMonitor",
     "ITimingCache",
     "OnnxParser",
+    "OnnxParserRefitter",
     "ParserError",
+    "Refitter",
     "Runtime",
 ]

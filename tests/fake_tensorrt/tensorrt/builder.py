@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 import tensorrt as trt
+from tensorrt.refitter import refittable
 from tensorrt.runtime import plan_bytes
 
 _WISHES = json.loads(os.environ.get("FAKE_TENSORRT_BUILD", "{}"))
@@ -58,9 +59,12 @@ class Builder:
         fixed = {each.name: [list(each.shape)] * 3 for each in network._inputs if -1 not in each.shape}
         profiles = [{**fixed, **profile} for profile in config._profiles] or [fixed]
         flags = sorted(each.name for each in config._flags)
-        return bytearray(
-            plan_bytes(network._model, profiles, flags=flags, typed=network._typed, settings=config._told())
-        )
+        more = {"flags": flags, "typed": network._typed, "settings": config._told()}
+        if trt.BuilderFlag.REFIT in config._flags:
+            more["weights"] = refittable(network._model)
+        if trt.BuilderFlag.VERSION_COMPATIBLE in config._flags:
+            more["version_compatible"] = True
+        return bytearray(plan_bytes(network._model, profiles, **more))
 
     def _goes_wrong(self) -> bool:
         match _WISHES.get("fault"):

@@ -18,7 +18,7 @@ _NUMPY = {"FLOAT": "f4", "HALF": "f2", "INT8": "i1", "INT32": "i4", "INT64": "i8
 
 
 def plan_bytes(model: bytes, profiles: list[dict[str, list[list[int]]]], **more: Any) -> bytes:
-    """A plan; `more` says what differs from a plan that was built here: `release`, `sm`, `version_compatible`."""
+    """A plan; `more` says what differs from one built here: `release`, `sm`, `version_compatible`, `weights`."""
     release = more.get("release", trt.__version__)
     header = b"ftrt" + bytes(20) + bytes([int(part) % 256 for part in release.split(".")])
     told = {"sm": "9.0", "release": release, "profiles": profiles, "scratch_bytes": 4096, **more}
@@ -41,11 +41,11 @@ class Runtime:
             return self._refused("Error Code 1: Serialization (Serialization assertion plan->header.magicTag failed.)")
         line, _, model = content[HEADER_BYTES:].partition(b"\n")
         told = json.loads(line)
-        if told["release"].split(".")[:3] != trt.__version__.split(".")[:3]:
-            if not told.get("version_compatible"):
-                return self._refused("Error Code 1: Serialization (Version tag does not match.)")
-            if not self.engine_host_code_allowed:
-                return self._refused("Error Code 4: engine_host_code_allowed is not set")
+        compatible = told.get("version_compatible")
+        if told["release"].split(".")[:3] != trt.__version__.split(".")[:3] and not compatible:
+            return self._refused("Error Code 1: Serialization (Version tag does not match.)")
+        if compatible and not self.engine_host_code_allowed:
+            return self._refused("Error Code 4: engine_host_code_allowed is not set")
         if told["sm"] != "9.0":
             return self._refused(
                 "The engine plan file is generated on an incompatible device, "
@@ -61,9 +61,19 @@ class ICudaEngine:
     num_io_tensors: int
     num_optimization_profiles: int
     device_memory_size_v2: int
+    refittable: bool
 
     def __init__(self, told: dict[str, Any], model: bytes, logger: Any) -> None:
         self.told, self.logger = told, logger
+        self.refittable = "weights" in told
+        self.under_way = 0
+        self.take(model)
+        self.num_optimization_profiles = len(told["profiles"])
+        self.device_memory_size_v2 = told["scratch_bytes"]
+        self.contexts = 0
+
+    def take(self, model: bytes) -> None:
+        self.model = model
         graph = onnx.load_from_string(model).graph
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -76,9 +86,10 @@ class ICudaEngine:
         reshaping = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
         self.shape_inputs = [name for name in self.inputs if name in reshaping]
         self.num_io_tensors = len(self._values)
-        self.num_optimization_profiles = len(told["profiles"])
-        self.device_memory_size_v2 = told["scratch_bytes"]
-        self.contexts = 0
+
+    def serialize(self) -> Any:
+        trt.need_device()
+        return bytearray(plan_bytes(self.model, **self.told))
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.inputs, *self.outputs][index]
@@ -220,7 +231,9 @@ class IExecutionContext:
             outputs = engine.session.run(None, {name: self._view(name, addresses, shapes) for name in engine.inputs})
             for name, output in zip(engine.outputs, outputs, strict=True):
                 self._view(name, addresses, shapes)[...] = output
+            engine.under_way -= 0 if capturing else 1
 
+        engine.under_way += 0 if capturing else 1
         device.enqueue(stream_handle, run)
         self._ran_epoch = self._epoch
         return True

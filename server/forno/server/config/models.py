@@ -212,6 +212,9 @@ class TensorrtSettings(Settings):
     version_compatible: bool = False
     """Whether plans are built to run on later releases of TensorRT too, and whether such plans are loaded: they hold
     code that runs on this machine, so load none that you do not trust."""
+    refit: bool = False
+    """Whether plans are built to take other weights. The next version of a model, the same but for its weights, then
+    needs no build: it gets a kept plan with its own weights put in. What a plan gains by knowing weights is lost."""
     cache_dir: Path | None = None
     """Folder where plans that were built are kept, and what the builder has measured; unset = `forno/tensorrt` in the
     user's cache. Relative to the working directory."""

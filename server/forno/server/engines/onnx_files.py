@@ -7,6 +7,7 @@ large.
 from __future__ import annotations
 
 import mmap
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from forno.server.errors import ConfigError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_BELOW = {
+BELOW = {
     "model": {7: "graph", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
     "function": {7: "node"},
@@ -24,6 +25,9 @@ _BELOW = {
     "sparse tensor": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
+"""Messages of a model that tensors are below, by kind: number of the field -> kind of what it holds."""
+BYTES = 2
+"""The wire type of messages and strings."""
 _KEY, _VALUE = 1, 2
 
 
@@ -49,58 +53,85 @@ def bytes_of(model: Path) -> int:
     return sum([path.stat().st_size for path in files if path.is_file()])
 
 
+@contextmanager
+def mapped(model: Path) -> Iterator[memoryview]:
+    """The bytes of a model file; what is found to be wrong with them within becomes a ConfigError that names it.
+
+    Raises:
+        ConfigError: It cannot be read, or is no ONNX model.
+    """
+    try:
+        with model.open("rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # unmapped with its last view
+        yield content
+    except (ValueError, IndexError, RecursionError) as error:  # empty, or lengths that lead out of it
+        raise ConfigError(f"{model} is not a readable ONNX model: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{error.filename or model} cannot be read: {error.strerror}") from error
+
+
+def fields(view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    """The fields of a message: number, wire type, and the bytes of the value, of type 2 without their length.
+
+    Raises:
+        ValueError: It is no message.
+        IndexError: It ends within a field.
+    """
+    at, end = 0, len(view)
+    while at < end:
+        tag, at = varint(view, at)
+        begin = at
+        match tag & 7:
+            case 0:
+                _, at = varint(view, at)
+            case 1:
+                at += 8
+            case 2:
+                size, begin = varint(view, at)
+                at = begin + size
+            case 5:
+                at += 4
+            case other:
+                raise ValueError(f"a field of wire type {other}")
+        if at > end:
+            raise ValueError(f"a field of {at - begin} bytes, and {end - begin} are left")
+        yield tag >> 3, tag & 7, view[begin:at]
+
+
+def entry_of(view: memoryview) -> tuple[str, str]:
+    """One of the entries that say where a tensor's data lie, such as ("location", "weights.bin").
+
+    Raises:
+        ValueError: It is none.
+    """
+    entry = {number: bytes(value).decode() for number, _, value in fields(view)}
+    return entry.get(_KEY, ""), entry.get(_VALUE, "")
+
+
 def _beside(model: Path) -> list[Path]:
     """The files with the model's data, by name.
 
     Raises:
         ConfigError: It is no ONNX model.
     """
-    try:
-        with model.open("rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # unmapped with its last view
+    with mapped(model) as content:
         return [model.parent / name for name in sorted(set(_locations(content, "model")))]
-    except (ValueError, IndexError, RecursionError) as error:  # empty, or lengths that lead out of it
-        raise ConfigError(f"{model} is not a readable ONNX model: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{model} cannot be read: {error.strerror}") from error
 
 
 def _locations(view: memoryview, kind: str) -> Iterator[str]:
     """Names of files with data, of a message of that kind and of those in it."""
     if kind == "entry":
-        entry = {number: bytes(part) for number, part in _parts(view)}
-        if entry.get(_KEY) == b"location":
-            yield entry.get(_VALUE, b"").decode()
+        key, name = entry_of(view)
+        if key == "location":
+            yield name
         return
-    for number, part in _parts(view):
-        below = _BELOW[kind].get(number)
-        if below is not None:
-            yield from _locations(part, below)
+    for number, wire, value in fields(view):
+        below = BELOW[kind].get(number)
+        if below is not None and wire == BYTES:
+            yield from _locations(value, below)
 
 
-def _parts(view: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Fields that hold bytes, with their numbers."""
-    at, end = 0, len(view)
-    while at < end:
-        tag, at = _varint(view, at)
-        match tag & 7:
-            case 0:
-                _, at = _varint(view, at)
-            case 1:
-                at += 8
-            case 2:
-                size, at = _varint(view, at)
-                if at + size > end:
-                    raise ValueError(f"a field of {size} bytes, and {end - at} are left")
-                yield tag >> 3, view[at : at + size]
-                at += size
-            case 5:
-                at += 4
-            case other:
-                raise ValueError(f"a field of wire type {other}")
-
-
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
+def varint(view: memoryview, at: int) -> tuple[int, int]:
     """A number, and where it ends."""
     value = shift = 0
     while True:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forno.server.engines.tensorrt.cache import PlanCache, build_options, default_folder
+from forno.server.engines.tensorrt.structure import structure_of
 from forno.server.errors import ConfigError, NotReady
 from forno.server.processes import die_with_parent
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from forno.kernels.devices import Device
     from forno.server.config import ModelSettings
+    from forno.server.engines.tensorrt.cache import Relative
     from forno.server.engines.tensorrt.library import Library
 
 log = logging.getLogger("forno.engine.tensorrt")
@@ -46,7 +48,7 @@ class Plans:
         stopping: Ends a build, or the wait for another process's, once it is set.
 
     Raises:
-        ConfigError: The model cannot be read, or the cache not be made.
+        ConfigError: The model cannot be read, the cache not be made, or TensorRT not do what is set.
     """
 
     def __init__(
@@ -65,14 +67,26 @@ class Plans:
         folder = settings.tensorrt.cache_dir or default_folder()
         self._cache = PlanCache(Path(folder), library, device)
         self._options = build_options(settings)
+        if settings.tensorrt.refit:
+            library.check_refit()
+        self._structure = structure_of(model) if settings.tensorrt.refit else None
         self.path = self._cache.plan_of(model, self._options)
 
     def __str__(self) -> str:
-        what = "takes the plan kept as" if self.path.is_file() else "builds a plan, to be kept as"
+        relative = self._relative()
+        if self.path.is_file():
+            what = "takes the plan kept as"
+        elif relative is not None:
+            what = f"puts its weights, of which {len(relative.changed)} differ, into {relative.plan}, to be kept as"
+        else:
+            what = "builds a plan, to be kept as"
         return f"{what} {self.path}, with TensorRT {self._library.version} for {self._device.description}"
 
+    def _relative(self) -> Relative | None:
+        return self._cache.relative_of(self._structure, self._options) if self._structure else None
+
     def ready(self, builder: Sequence[str] = BUILDER) -> Path:
-        """The plan, which is built where it is not kept.
+        """The plan, which is made where it is not kept: of a relative, or else built.
 
         Args:
             builder: The command that builds.
@@ -101,13 +115,32 @@ class Plans:
         with self._cache.turn(wait) as unfinished:
             if not self.path.is_file():  # the other process may have built this very plan
                 log.info("%s: %s", self._model, self)
-                self._build(builder, unfinished)
+                relative = self._relative()
+                if relative is None or not self._refitted(builder, unfinished, relative):
+                    self._build(builder, unfinished)
+                    if self._structure:
+                        self._cache.note(self.path, self._structure, self._options)
                 unfinished.replace(self.path)
         return self.path
 
-    def _build(self, builder: Sequence[str], unfinished: Path) -> None:
+    def _refitted(self, builder: Sequence[str], unfinished: Path, relative: Relative) -> bool:
+        """Whether the plan could be made of a relative."""
+        try:
+            self._build(builder, unfinished, relative)
+        except ConfigError as error:
+            log.warning("%s; a plan is built", error)
+            return False
+        return True
+
+    def _build(self, builder: Sequence[str], unfinished: Path, relative: Relative | None = None) -> None:
+        changed = relative.changed if relative else frozenset[str]()
+        folded = changed & self._structure.folded if self._structure else changed
         job = {
             **self._options,
+            "relative": str(relative.plan) if relative else None,
+            "changed": sorted(changed),
+            "folded": sorted(folded),
+            "foldings": self._structure.foldings if self._structure else 0,
             "model": str(self._model),
             "plan": str(unfinished),
             "timings": str(self._cache.timings),
@@ -172,7 +205,9 @@ class Plans:
             raise ConfigError(f"{self._model}: {last['failed']}")
         if status == 0 and "built" in last:
             took_s, size_bytes = time.monotonic() - began_s, last["built"]["bytes"]
-            log.info("%s: built in %.0f s, %d bytes: %s", self._model, took_s, size_bytes, self.path)
+            weights = last["built"].get("weights")
+            how = "built" if weights is None else f"given {weights} weights"
+            log.info("%s: %s in %.0f s, %d bytes: %s", self._model, how, took_s, size_bytes, self.path)
             return
         size = words.seek(0, os.SEEK_END)
         words.seek(max(0, size - _LAST_WORDS_BYTES))

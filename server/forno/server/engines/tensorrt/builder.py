@@ -1,8 +1,9 @@
-"""The process that builds one plan: `python -m forno.server.engines.tensorrt.builder FD`, with a job on its input.
+"""The process that makes one plan: `python -m forno.server.engines.tensorrt.builder FD`, with a job on its input.
 
-Builds take gigabytes and minutes, and can crash; so they happen apart. What happens is told in lines of JSON on the
-file descriptor FD: `progress`, then `built` or `failed`. Whoever started it may kill it at any time: nothing is left
-but unfinished files, which the next build removes.
+It builds it, or puts other weights into one that is kept (`refit.py`). Builds take gigabytes and minutes, and can
+crash; so they happen apart. What happens is told in lines of JSON on the file descriptor FD: `progress`, then `built`
+or `failed`. Whoever started it may kill it at any time: nothing is left but unfinished files, which the next build
+removes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 
 from forno.kernels.devices import DeviceError, open_device
 from forno.server.engines.tensorrt import library
+from forno.server.engines.tensorrt.cache import keep
 from forno.server.engines.tensorrt.library import Library, sizes
+from forno.server.engines.tensorrt.refit import refit
 from forno.server.errors import ConfigError
 
 _TELL_EVERY_S = 0.2
@@ -84,7 +86,7 @@ def build(job: dict[str, Any], found: Library, progress: Progress) -> dict[str, 
         progress: Told of its phases.
 
     Returns:
-        What was built: its bytes and its profiles.
+        What was built: its bytes.
 
     Raises:
         ConfigError: The model cannot be built as asked.
@@ -120,7 +122,7 @@ def build(job: dict[str, Any], found: Library, progress: Progress) -> dict[str, 
     content = memoryview(plan)
     keep(Path(job["plan"]), content)
     keep(timings, memoryview(config.get_timing_cache().serialize()))
-    return {"bytes": content.nbytes, "profiles": profiles}
+    return {"bytes": content.nbytes}
 
 
 def configure(config: Any, found: Library, job: dict[str, Any]) -> None:
@@ -133,6 +135,8 @@ def configure(config: Any, found: Library, job: dict[str, Any]) -> None:
         config.set_flag(each)
     if job["version_compatible"]:
         config.set_flag(flag.VERSION_COMPATIBLE)
+    if job["refit"]:
+        config.set_flag(flag.REFIT)
     if not job["tf32"]:
         config.clear_flag(flag.TF32)
 
@@ -214,15 +218,6 @@ def monitor_type(module: Any) -> type:
     return Monitor
 
 
-def keep(path: Path, content: memoryview) -> None:
-    """Writes aside and renames: another process reads all of it or nothing, also after a power failure."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".building-", delete=False) as aside:
-        aside.write(content)
-        aside.flush()
-        os.fsync(aside.fileno())
-    Path(aside.name).replace(path)
-
-
 def main() -> None:
     """Reads a job, builds, and tells."""
     told = int(sys.argv[1])
@@ -234,7 +229,8 @@ def main() -> None:
     try:
         device = open_device(job["device"], job["ordinal"])
         device.attach()  # for the whole life of this process: TensorRT takes the GPU that is current
-        tell({"built": build(job, library.find(), Progress(tell))})
+        found = library.find()
+        tell({"built": refit(job, found) if job["relative"] else build(job, found, Progress(tell))})
     except (ConfigError, DeviceError) as error:
         tell({"failed": str(error)})
 

@@ -1,6 +1,7 @@
 """Plans that were built, kept under names that say all that they depend on.
 
 NAME-KEY.plan            a plan
+structure-KEY.json       the plan that was built last of a structure, and the weights that it was built with
 timings-RELEASE-GPU      what the builder has measured there, for the next build
 build-GPU.lock           held by the process that builds: two builds would disturb each other's measurements
 """
@@ -11,8 +12,10 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +28,24 @@ if TYPE_CHECKING:
     from forno.kernels.devices import Device
     from forno.server.config import ModelSettings
     from forno.server.engines.tensorrt.library import Library
+    from forno.server.engines.tensorrt.structure import Structure
 
 _FORMAT = 1  # of what is told of a build; another number makes all kept plans strangers
 _POLL_S = 0.2
 _UNFINISHED = ".building-"
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A kept plan that was built of another model of the same structure. Immutable.
+
+    Args:
+        plan: The plan.
+        changed: The weights that differ.
+    """
+
+    plan: Path
+    changed: frozenset[str]
 
 
 class PlanCache:
@@ -61,17 +78,41 @@ class PlanCache:
         Raises:
             ConfigError: The model cannot be read.
         """
+        key = self._key({"files": [_digest(path) for path in files_of(model)]}, options)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.stem)[:64]
+        return self._folder / f"{stem}-{key}.plan"
+
+    def relative_of(self, structure: Structure, options: dict[str, Any]) -> Relative | None:
+        """A plan that other weights may be put into, None where there is none."""
+        try:
+            told = json.loads(self._note_of(structure, options).read_bytes())
+            plan, weights = self._folder / told["plan"], told["weights"]
+        except (OSError, ValueError, KeyError, TypeError):  # none was built, or the note is damaged
+            return None
+        if not plan.is_file() or weights.keys() != structure.weights.keys():
+            return None
+        changed = [name for name, digest in structure.weights.items() if weights[name] != digest]
+        return Relative(plan, frozenset(changed))
+
+    def note(self, plan: Path, structure: Structure, options: dict[str, Any]) -> None:
+        """Notes what a plan was built of, for `relative_of`."""
+        told = {"plan": plan.name, "weights": structure.weights}
+        keep(self._note_of(structure, options), memoryview(json.dumps(told).encode()))
+
+    def _note_of(self, structure: Structure, options: dict[str, Any]) -> Path:
+        return self._folder / f"structure-{self._key({'structure': structure.digest}, options)}.json"
+
+    def _key(self, model: dict[str, Any], options: dict[str, Any]) -> str:
+        """All that a plan depends on, as 32 digits."""
         told = {
             "format": _FORMAT,
-            "files": [_digest(path) for path in files_of(model)],
+            **model,
             "tensorrt": self._library.version,
             "architecture": self._device.architecture,
             "device": self._device.description,
             "options": options,
         }
-        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.stem)[:64]
-        return self._folder / f"{stem}-{key}.plan"
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
     @contextmanager
     def turn(self, wait: Callable[[], None]) -> Iterator[Path]:
@@ -126,8 +167,18 @@ def build_options(settings: ModelSettings) -> dict[str, Any]:
         "workspace_bytes": given.workspace_bytes,
         "optimization_level": given.optimization_level,
         "version_compatible": given.version_compatible,
+        "refit": given.refit,
         "tf32": settings.cuda.tf32,
     }
+
+
+def keep(path: Path, content: memoryview) -> None:
+    """Writes aside and renames: another process reads all of it or nothing, also after a power failure."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_UNFINISHED, delete=False) as aside:
+        aside.write(content)
+        aside.flush()
+        os.fsync(aside.fileno())
+    Path(aside.name).replace(path)
 
 
 def _digest(path: Path) -> str:

@@ -19,6 +19,8 @@ log = logging.getLogger("forno.engine.tensorrt")
 
 OLDEST, TOO_NEW = (10, 13), (12,)
 """Releases that this is written for; 10.13 is the first for CUDA 13."""
+_LOSES_BIASES = (11, 3)
+"""Of this release NVIDIA's release notes say that plans built to be refitted may take a GEMM's bias for zero."""
 _NAMES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _SAME_NAME = ("INT8", "INT32", "INT64", "UINT8", "BOOL")
@@ -75,6 +77,18 @@ class Library:
                 "convert the model, such as with ModelOpt's AutoCast, and remove the setting"
             )
         return 0
+
+    def check_refit(self) -> None:
+        """Refuses to build plans that take other weights where that is known to be broken.
+
+        Raises:
+            ConfigError: It is.
+        """
+        if self.release[:2] == _LOSES_BIASES:
+            raise ConfigError(
+                f"tensorrt.refit is set, and TensorRT {self.version} is installed, of which NVIDIA says that it can "
+                "drop biases from plans that take other weights: install another release, or remove the setting"
+            )
 
     def precision_flags(self, precision: str) -> list[Any]:
         """The builder's flags for a precision that `network_flags` has let pass."""
