@@ -13,6 +13,7 @@ import h2.config
 import h2.connection
 import h2.errors
 import h2.events
+import h2.exceptions
 import h2.settings
 
 if TYPE_CHECKING:
@@ -89,10 +90,16 @@ class RawClient:
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = False, piece_bytes: int = MAX_FRAME_BYTES) -> None:
-        """Sends data in pieces, as far as the windows let it."""
+        """Sends data in pieces, as far as the windows let it.
+
+        Raises:
+            h2.exceptions.ProtocolError: The server has reset the stream, before or while it was waited for room.
+        """
         pieces = [data[at : at + piece_bytes] for at in range(0, len(data), piece_bytes)] or [b""]
         for index, piece in enumerate(pieces):
             while self.h2.local_flow_control_window(stream) < len(piece):
+                if self.answers[stream].reset is not None:
+                    raise h2.exceptions.StreamClosedError(stream)  # its window opens no more
                 self.receive()
             self.h2.send_data(stream, piece, end_stream=end and index == len(pieces) - 1)
             self.flush()
