@@ -6,6 +6,8 @@ import http.client
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.e2e.forno_server import FLEET, TRANSPORTS, FornoServer
+from tests.e2e.forno_server import FLEET, TRANSPORTS, FornoServer, environment
 from tests.e2e.hosts import eventually
 
+from forno.server.config import Config
+from forno.server.repository import find
+from forno.server.transport.envoy import supervisor
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 
 SETTINGS = "models: {echo: {engine: 'null', 'null': {shape: [-1, 2]}}}\n"
@@ -119,3 +124,34 @@ def test_a_server_that_is_told_to_end_accepts_nobody_and_answers_what_it_has(tmp
             assert call.result().model == "slow"
         assert server.process.wait(20) == 0, server.output()
         assert "cut off" not in server.output()
+
+
+@pytest.mark.parametrize(
+    ("heard", "said"),
+    [(True, b""), (False, b""), (True, b"reload 1000\nthe first bytes")],
+    ids=["between messages", "before it has heard all", "in the middle of a message"],
+)
+def test_a_server_ends_with_whoever_has_started_it_whenever_that_goes(tmp_path, heard, said):
+    config = Config.model_validate({"models": {"echo": {"engine": "null", "null": {"shape": [-1, 2]}}}})
+    errand = {"config": config, "specs": find([], config), "address": "", "rest": False, "replica": 0}
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "forno.server.fleet.grpc_replica", str(theirs.fileno())]
+    with (
+        ours,
+        subprocess.Popen(
+            command, env=environment(), pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
+        ) as replica,
+    ):
+        theirs.close()
+        try:
+            ours.sendall(supervisor.packed({**errand, "socket": str(tmp_path / "replica.sock")}))
+            ours.settimeout(20)
+            assert ours.recv(6, socket.MSG_PEEK | socket.MSG_WAITALL) == b"ready "
+            if heard:
+                ours.recv(1 << 16)
+            ours.sendall(said)
+            ours.close()
+            assert replica.wait(10) == 0
+            assert "Traceback" not in replica.communicate()[1]
+        finally:
+            replica.kill()

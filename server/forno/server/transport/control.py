@@ -8,6 +8,7 @@ drains and ends: no orphan is left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -85,24 +86,26 @@ async def serve(
         say("drained")
     except ConfigError as error:
         say("failed " + str(error).replace("\n", LINE_BREAK))
+    with contextlib.suppress(OSError):  # it has gone, and had not read all that we said
+        await writer.drain()
     listening = not (writer.is_closing() or reader.at_eof())
-    await writer.drain()
     writer.close()
     return listening
 
 
 async def _watch(reader: asyncio.StreamReader, server: Server, ended: asyncio.Event) -> None:
     """Stops the server when the other side says so or has gone, or when the transport itself ends."""
-    ending = asyncio.create_task(ended.wait())
-    while True:
-        reading = asyncio.create_task(reader.readline())
-        await asyncio.wait((ending, reading), return_when=asyncio.FIRST_COMPLETED)
-        word, _, size = reading.result().partition(b" ") if reading.done() else (b"", b"", b"")
-        if word != b"reload":
-            server.stop()
-            return
-        data = await reader.readexactly(int(size))
-        server.reload(functools.partial(pickle.loads, data))
+    both = asyncio.create_task(ended.wait()), asyncio.create_task(_reload_as_told(reader, server))
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    server.stop()
+
+
+async def _reload_as_told(reader: asyncio.StreamReader, server: Server) -> None:
+    """Returns when the other side says anything else, or has gone, be it in the middle of a message."""
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        while (line := await reader.readline()).startswith(b"reload "):
+            data = await reader.readexactly(int(line.split()[1]))
+            server.reload(functools.partial(pickle.loads, data))
 
 
 def _name_in_log(replica: int) -> None:
