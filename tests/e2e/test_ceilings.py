@@ -130,9 +130,10 @@ def test_as_many_files_may_be_open_as_the_machine_allows(tmp_path, hard, warned)
 
 
 IDLE_S = 1.0
-HALF = (
-    b"POST /v1/models/echo:predict HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
-)
+
+
+def head(path: str, more: str = "content-length: 99") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{more}\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize("transport", BEHIND_ENVOY)
@@ -159,7 +160,7 @@ def test_bodies_that_do_not_come_end_their_calls_and_lasting_streams_may_be_sile
         slow = [opened.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(50)]
         for one in slow:
             one.settimeout(10)
-            one.sendall(HALF)
+            one.sendall(head("/v1/models/echo:predict") + b"{")
         streams = [raw.open("", path="/forno.v1.Predictor/Predict") for _ in range(50)]
         for stream in streams:
             raw.send(stream, b"\0\0\0\0\x63half")
@@ -176,10 +177,6 @@ def test_bodies_that_do_not_come_end_their_calls_and_lasting_streams_may_be_sile
         next(answers)  # its second item comes after more silence than others may keep
         assert time.monotonic() - begun_s > 2 * IDLE_S
         assert [*answers] == []
-
-
-def head(path: str, more: str = "content-length: 99") -> bytes:
-    return f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{more}\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize("transport", BEHIND_ENVOY)

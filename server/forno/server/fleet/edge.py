@@ -62,10 +62,10 @@ class EdgeEnd:
 
     def routes(self) -> list[dict[str, Any]]:
         """Calls about the whole, calls that may be repeated, all others."""
-        past = ends.HTTP_ROUTES.items() if self.rest else ()
+        past = ends.HTTP_ROUTES.values() if self.rest else ()
         return [
             *({"match": _match(path), "route": ends.route(PAGES)} for path in OWN),
-            *(ends.http_route(path, self._route(_PERHAPS_BEGUN_HTTP)) for method, path in past),
+            *(ends.http_route(path, self._route(_PERHAPS_BEGUN_HTTP)) for path in past),
             *({"match": _match(path), "route": self._route(_PERHAPS_BEGUN)} for path in IDEMPOTENT),
             {"match": _match("/"), "route": self._route(_NEVER_BEGUN)},
             ends.unknown_path(),
