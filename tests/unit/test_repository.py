@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from forno.server.config import Config
 from forno.server.errors import ConfigError
 from forno.server.repository import find
+from forno.server.repository.folders import stamp_of
 from forno.server.versions import natural
 
 
@@ -305,6 +306,18 @@ def test_a_folder_that_cannot_be_read_is_named(tree, tmp_path):
         assert fault("d") == "d: cannot be read: Permission denied"
     finally:
         (tmp_path / "d").chmod(0o700)
+
+
+def test_a_file_has_a_stamp_where_what_is_beside_it_cannot_be_listed(tree, tmp_path, monkeypatch):
+    tree("m.onnx=abc", "m.bin=weights")
+    both = stamp_of(tmp_path / "m.onnx")
+    assert [name for name, *_ in both] == ["m.bin", "m.onnx"]
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))  # it may be entered, not listed
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert stamp_of(tmp_path / "m.onnx") == both[1:]
 
 
 def test_versions_sort_as_people_read_them():

@@ -74,8 +74,12 @@ def stamp_of(file: Path) -> tuple[tuple[str, int, int, int], ...]:
 
     A model may keep its weights in files beside it, so these count too, but not other models.
     """
+    try:
+        beside = [path for path in _visible(file.parent) if path.suffix.lower() not in MODEL_SUFFIXES]
+    except OSError:
+        beside = []  # its folder may be entered but not listed, or is gone meanwhile
     stamps = []
-    for path in sorted({file, *(path for path in _visible(file.parent) if path.suffix.lower() not in MODEL_SUFFIXES)}):
+    for path in sorted({file, *beside}):
         try:
             status = path.stat()
         except OSError:
