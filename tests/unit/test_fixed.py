@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from forno.server.config import Config
-from forno.server.fixed import keep
+from forno.server.errors import ConfigError
+from forno.server.fixed import keep, log_refused
 from forno.server.plain import plain
+from forno.server.transport.envoy import outside
 
 
 @pytest.mark.parametrize("form", [lambda config: config, plain], ids=["checked", "plain"])
@@ -40,3 +44,20 @@ def test_a_fleet_changes_its_number_and_not_whether_it_is_one():
     assert (after.fleet.replicas, after.telemetry.sample_ratio, kept) == (5, 0.5, ["fleet.affinity_header"])
     after, kept = keep(before, Config())
     assert (after.fleet.replicas, kept) == (2, ["fleet.replicas"])
+
+
+def test_what_is_wrong_is_logged_line_by_line_and_what_was_not_foreseen_with_where_it_was(caplog):
+    log_refused(logging.getLogger("forno"), ConfigError("models.a: no\nmodels.b: no"))
+    assert [(one.message, one.exc_info) for one in caplog.records] == [
+        ("not reloaded: models.a: no", None),
+        ("not reloaded: models.b: no", None),
+    ]
+    caplog.clear()
+
+    def read():
+        raise OSError("the disk has gone")
+
+    assert outside._reload(None, read, 7.0) == 7.0  # nothing is sent, and the server goes on
+    [one] = caplog.records
+    assert one.message == "not reloaded"
+    assert "the disk has gone" in str(one.exc_info[1])

@@ -1,10 +1,14 @@
-"""Which settings a running server keeps: what Envoy, the sockets and the processes were started with."""
+"""What a reload leaves: the settings that Envoy, the sockets and the processes were started with; all, if it fails."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from forno.server.errors import ConfigError
+
 if TYPE_CHECKING:
+    import logging
+
     from forno.server.config import Config
 
 _CHANGING = {
@@ -43,3 +47,12 @@ def keep(before: Config, after: Config) -> tuple[Config, list[str]]:
 def told(kept: list[str]) -> str:
     """What to tell of settings that were kept."""
     return f"kept as they were until the server is started again: {', '.join(kept)}"
+
+
+def log_refused(log: logging.Logger, error: Exception) -> None:
+    """Logs why a reload has changed nothing; of what is no fault of ours, only what is wrong, a line at a time."""
+    if not isinstance(error, ConfigError):
+        log.error("not reloaded", exc_info=error)
+        return
+    for line in str(error).splitlines():
+        log.error("not reloaded: %s", line)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forno.server import logs
+from forno.server import logs, processes
 from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.security.exposure import why_open
@@ -50,7 +50,7 @@ def serve(config: Config, specs: Sequence[ModelSpec], read: Read) -> int:
     address = _claimed(config.server.address, "server.address")
     if config.security.admin_address:
         _claimed(config.security.admin_address, "security.admin_address")
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    if processes.hears_hangups():
         signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something that can be read again
     transport = config.server.transport
     for warning in filter(None, (why_open(config), ceilings.raise_open_files(config.server.max_connections))):
@@ -113,7 +113,7 @@ async def _run_server(
     server = Server(config, specs, str(address), rest=rest)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    if processes.hears_hangups():
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload, read)
     await server.run(make(server))
 

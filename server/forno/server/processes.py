@@ -1,14 +1,14 @@
-"""What a process asks for itself: a name, and an end with the process that has started it."""
+"""What a process is called, ends with and hears: a title, the process that has started it, hangups."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from signal import Signals
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -21,7 +21,7 @@ def call_itself(title: str) -> None:
         setproctitle(title)
 
 
-def die_with_parent(number: Signals) -> Callable[[], object] | None:
+def die_with_parent(number: signal.Signals) -> Callable[[], object] | None:
     """What a process calls so that the kernel signals it when the thread that has started it dies.
 
     It only makes a system call, so that a child may call it between fork and exec.
@@ -38,3 +38,8 @@ def die_with_parent(number: Signals) -> Callable[[], object] | None:
 
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(_PR_SET_PDEATHSIG, number)
+
+
+def hears_hangups() -> bool:
+    """Whether SIGHUP is for this process to handle: not where it was started to ignore it, as by nohup."""
+    return signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN

@@ -20,7 +20,7 @@ from forno.server import banner, fixed, logs
 from forno.server.cache import CachedModel
 from forno.server.catalog import Catalog
 from forno.server.clock import clock_us
-from forno.server.errors import ConfigError, NotReady
+from forno.server.errors import NotReady
 from forno.server.metrics import Metrics
 from forno.server.security import guard
 from forno.server.servicers import tracing
@@ -214,12 +214,8 @@ class Server:
                 config, kept = fixed.keep(self._config, (found := await asyncio.to_thread(read))[0])
                 config, renewed, more = guard.renew(self.guard, self._config, config, self._address)
                 change = await self._catalog.change(config, found[1], self._adopt)
-            except ConfigError as error:
-                for line in str(error).splitlines():
-                    log.error("not reloaded: %s", line)  # noqa: TRY400  (a wrong setting, not a fault of ours)
-                return
-            except Exception:
-                log.exception("not reloaded")
+            except Exception as error:  # noqa: BLE001  (whatever it is, what serves goes on)
+                fixed.log_refused(log, error)
                 return
             self._config = config
             if self.guard and renewed:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
+from forno.server import fixed, processes
 from forno.server.address import Address
 from forno.server.errors import ConfigError
 from forno.server.fleet import edge as edges
@@ -188,7 +189,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_stop)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        if processes.hears_hangups():
             loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload()))
 
     def _on_stop(self) -> None:
@@ -198,9 +199,8 @@ class Supervisor:
     async def _reload(self) -> None:
         try:
             await self._fleet.reload()
-        except ConfigError as error:
-            for line in str(error).splitlines():
-                log.error("not reloaded: %s", line)  # noqa: TRY400  (a wrong setting, not a fault of ours)
+        except Exception as error:  # noqa: BLE001  (whatever it is, what serves goes on)
+            fixed.log_refused(log, error)
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

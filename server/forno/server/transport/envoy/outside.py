@@ -15,8 +15,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from forno.server import logs
-from forno.server.errors import ConfigError
+from forno.server import fixed, logs, processes
 from forno.server.transport.envoy import supervisor
 from forno.server.transport.envoy.ends import ModuleEnd
 
@@ -126,9 +125,8 @@ def _reload(control: socket.socket, read: Read, drain_s: float) -> float:
     """
     try:
         config, specs = read()
-    except ConfigError as error:
-        for line in str(error).splitlines():
-            log.error("not reloaded: %s", line)  # noqa: TRY400  (a wrong setting, not a fault of ours)
+    except Exception as error:  # noqa: BLE001  (whatever it is, what serves goes on)
+        fixed.log_refused(log, error)
         return drain_s
     logs.configure(config.server.log_level, config.server.log_format)
     data = pickle.dumps((config, specs), pickle.HIGHEST_PROTOCOL)
@@ -160,7 +158,7 @@ class _Signals:
         self._read.setblocking(False)
         self._write.setblocking(False)
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        if processes.hears_hangups():
             numbers.append(signal.SIGHUP)
         self._before: dict[int, Any] = {number: signal.signal(number, lambda *_: None) for number in numbers}
         self._wakeup = signal.set_wakeup_fd(self._write.fileno())
