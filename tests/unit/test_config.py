@@ -192,6 +192,15 @@ def test_every_fault_has_a_line(written):
     assert [line.split(":")[1] for line in lines] == ["3", "2", "4"]
 
 
+def test_many_faults_do_not_fill_the_screen(written):
+    file = written("models: {" + ", ".join(f"m{number}: {{path: a.onnx, no: 1}}" for number in range(500)) + "}")
+    with pytest.raises(ConfigError) as error:
+        load(file)
+    *told, last = str(error.value).splitlines()
+    assert [line.split(": ")[1].split(" ")[0] for line in told] == [f"models.m{number}.no" for number in range(20)]
+    assert last == f"{file}: 480 more faults"
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     assert fault(tmp_path / "none.yaml") == "forno.yaml: cannot be read: No such file or directory"
 

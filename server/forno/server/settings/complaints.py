@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     Places = Mapping[tuple[str, ...], str]
 
 _SHOWN_CHARACTERS = 60
+_MOST_FAULTS = 20
+"""A generated file with one mistake has it everywhere."""
 
 
 def complaint(
     error: ValidationError, settings: type[Settings], values: Mapping[str, Any], places: Places, source: str
 ) -> ConfigError:
-    """All faults that validation found, as one error.
+    """The first of the faults that validation found, and how many more there are, as one error.
 
     Args:
         error: What pydantic says.
@@ -39,7 +41,10 @@ def complaint(
         path, annotation, metadata = _reach(settings, details["loc"])
         text = _text(details, settings, path, _seen(values, path), shape.expected(annotation, metadata))
         lines.setdefault(path, f"{_place(places, path, source)}: {text}")
-    return ConfigError("\n".join(lines.values()))
+    told = [*lines.values()]
+    if len(told) > _MOST_FAULTS:
+        told[_MOST_FAULTS:] = [f"{source}: {len(told) - _MOST_FAULTS} more faults"]
+    return ConfigError("\n".join(told))
 
 
 def _reach(settings: type[Settings], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], Any, list[Any]]:
