@@ -216,7 +216,7 @@ def table(points: Sequence[Point]) -> str:
         f"| {p.p50_ms:.1f} | {p.p99_ms:.1f} | {p.p99_of_deadline:.2f} |"
         for p in points
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -242,7 +242,7 @@ def main() -> None:
                 print(table(points[-1:]).splitlines()[-1], flush=True)
     record = report.facts(
         "bench.goodput",
-        f"in process, medians of {options.rounds} rounds of {options.seconds} s",
+        f"in process, of {options.rounds} rounds of {options.seconds:g} s the one with the median goodput",
         settings=SETTINGS.model_dump(mode="json", include={"null", "batching"}),
         capacity_per_s=capacity,
         points=[asdict(point) for point in points],

@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bench import report
 from bench.gpu_device import copies, kernels
 from bench.gpu_engine import LATENCY_MS, bare, ours
 from bench.gpu_models import SUBJECTS
-from bench.report import machine, versions
 from forno.kernels.devices import NAMES, DeviceError, open_device
 from forno.kernels.devices.cpu import CpuDevice
 from forno.server.engines import onnx_cuda
@@ -76,17 +75,14 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", choices=sorted(SUBJECTS))
     parser.add_argument("--rows", type=int, default=64, help="of one batch")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     given = parser.parse_args()
-    record = {
-        "command": f"python -m bench.gpu --device {given.device} --model {given.model} --rows {given.rows} "
-        f"--seconds {given.seconds:g}",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
-        "versions": versions(Path(__file__).parents[1]),
-        "latency_limit_ms": LATENCY_MS,
+    record = report.facts(
+        "bench.gpu",
+        f"{given.model} on {given.device}, in process, batches of {given.rows} rows, {given.seconds:g} s each",
+        latency_limit_ms=LATENCY_MS,
         **measure(given.device, given.model, given.rows, given.seconds),
-    }
+    )
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"gpu-{given.device.replace(':', '-')}-{given.model}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")

@@ -262,7 +262,7 @@ def table(encoders: dict[str, dict[str, Any]]) -> str:
                 f"{way['largest_difference_from_alone']:.1e}",
             )
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def main() -> None:

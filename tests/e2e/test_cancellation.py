@@ -195,7 +195,8 @@ def test_a_long_storm_is_written_down(server):
     figures = check(calls, codes, wrong, counted) | {"seconds": round(seconds, 1)}
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     shape = {"max_rows": MAX_ROWS, "run_ms": RUN_MS, "in_flight": IN_FLIGHT, "connections": CONNECTIONS}
-    known.update({"date": time.strftime("%Y-%m-%d"), "model": shape, server.transport: figures})
+    command = "make soak TESTS=tests/e2e/test_cancellation.py"
+    known.update({"command": command, "date": time.strftime("%Y-%m-%d"), "model": shape, server.transport: figures})
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
 

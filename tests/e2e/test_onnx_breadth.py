@@ -155,6 +155,7 @@ def write_results(cases: Sequence[Case], mismatches: Mismatches, accepted: Seque
     """Leaves the counts where the other measurements lie."""
     by_outcome = {outcome: [case for case in cases if case.outcome is outcome] for outcome in Outcome}
     facts = {
+        "command": "make soak TESTS=tests/e2e/test_onnx_breadth.py",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "numpy")},
         "models": len(cases),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -52,3 +53,9 @@ def test_console_blocks_can_be_read() -> None:
 def test_readme_opens_with_the_two_commands(root: Path) -> None:
     first = doc_commands.commands(root / "README.md")[:2]
     assert [command.text for command in first] == ["make run", "make test"]
+
+
+def test_every_result_says_which_command_gave_it(files: list[Path], root: Path) -> None:
+    results = [path for path in files if path.is_relative_to(root / "bench" / "results") and path.suffix == ".json"]
+    assert len(results) > 10
+    assert [path.name for path in results if not json.loads(path.read_text()).get("command")] == []
