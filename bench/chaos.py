@@ -28,7 +28,7 @@ import grpc
 from bench import report
 from bench.chaos_load import Controls, Load
 from bench.process import ServerProcess, free_port
-from bench.subjects import environment
+from bench.subjects import environment, serving
 from forno.server.fleet import control_socket
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ async def fleet(
     """A fleet, for as long as the context lasts."""
     settings, port = folder / "forno.yaml", free_port()
     write_settings(settings, delay_us, **batching)
-    argv = [*(sys.executable, "-m", "forno.server", "serve", str(settings), "--address", f"127.0.0.1:{port}")]
-    argv += ["--replicas", str(replicas), "--set", f"fleet.hung_after_s={HUNG_AFTER_S}", *arguments]
+    fleet_of = ("--replicas", str(replicas), "--set", f"fleet.hung_after_s={HUNG_AFTER_S}")
+    argv = serving(settings, port, *fleet_of, *arguments)
     with ServerProcess(argv, environment(), folder / "server.log") as server:
         socket = control_socket.path_of(f"127.0.0.1:{port}")
         controls = Controls(socket)

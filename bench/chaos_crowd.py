@@ -29,7 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bench import chaos, h2load, report
 from bench.chaos_load import Load
 from bench.process import ServerProcess, free_port
-from bench.subjects import Subject, environment
+from bench.subjects import Subject, environment, serving
 from forno.server.fleet import edge as edges
 from forno.server.transport.envoy import admin
 
@@ -173,8 +173,7 @@ def _start(
 
     folder.mkdir()
     port = free_port()
-    argv = [*(sys.executable, "-m", "forno.server", "serve", str(models.path_of("tiny"))), *words]
-    argv += ["--address", f"127.0.0.1:{port}"]
+    argv = serving(models.path_of("tiny"), port, *words)
     server = stack.enter_context(ServerProcess(argv, environment(), folder / "server.log"))
     for subject in subjects:
         subject.first_answer_s(port, server)

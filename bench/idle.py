@@ -22,7 +22,7 @@ from typing import Any
 
 from bench import h2load, models, report
 from bench.process import ServerProcess, free_port
-from bench.subjects import Subject, environment
+from bench.subjects import Subject, environment, serving
 
 SUBJECTS = (Subject("tiny", "tiny", "envoy"), Subject("null", "null", "envoy"))
 RUN_US = 2000
@@ -45,8 +45,7 @@ def start(stack: ExitStack, folder: Path, settings: dict[str, Any]) -> int:
     }
     config.write_text(json.dumps({"models": served}))
     port = free_port()
-    argv = [sys.executable, "-m", "forno.server", "serve", str(config), "--address", f"127.0.0.1:{port}"]
-    server = stack.enter_context(ServerProcess(argv, environment(), folder / "server.log"))
+    server = stack.enter_context(ServerProcess(serving(config, port), environment(), folder / "server.log"))
     for subject in SUBJECTS:
         subject.first_answer_s(port, server)
         subject.check_answers(port)

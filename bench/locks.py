@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench import h2load, models, report
 from bench.process import ServerProcess, free_port
-from bench.subjects import Subject, environment
+from bench.subjects import Subject, environment, serving
 from forno.client import Client
 from forno.server.security import keys
 
@@ -53,8 +53,8 @@ class Kind:
         settings = folder / f"{name.replace(' ', '-')}.yaml"
         document = {"models": {"tiny": {"path": str(models.path_of("tiny"))}}, "security": security}
         settings.write_text(json.dumps(document))
-        argv = [sys.executable, "-m", "forno.server", "serve", str(settings), "--address", f"127.0.0.1:{port}"]
-        self.server = stack.enter_context(ServerProcess(argv, environment(), settings.with_suffix(".log")))
+        log = settings.with_suffix(".log")
+        self.server = stack.enter_context(ServerProcess(serving(settings, port), environment(), log))
         end = time.monotonic() + READY_LIMIT_S
         while "Forno serves" not in self.server.log_end(100):
             self.server.check_alive()

@@ -26,7 +26,7 @@ import numpy as np
 
 from bench import report
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, environment
+from bench.subjects import ROOT, environment, serving
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 
 MODELS = {
@@ -128,11 +128,10 @@ def main() -> int:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="forno-long-") as name:
         folder = Path(name)
-        (folder / "forno.yaml").write_text(json.dumps({"models": MODELS}))
-        argv = [sys.executable, "-m", "forno.server", "serve", str(folder / "forno.yaml")]
-        argv += ["--address", f"127.0.0.1:{port}"]
+        settings = folder / "forno.yaml"
+        settings.write_text(json.dumps({"models": MODELS}))
         with (
-            ServerProcess(argv, environment(), folder / "server.log"),
+            ServerProcess(serving(settings, port), environment(), folder / "server.log"),
             grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
         ):
             predict = predictor_pb2_grpc.PredictorStub(channel).Predict

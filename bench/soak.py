@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from bench import models, report
 from bench.memory import FLAT_BYTES_PER_CALL, slope_bytes_per_call
 from bench.process import ServerProcess, free_port
-from bench.subjects import ROOT, environment
+from bench.subjects import ROOT, environment, serving
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,9 +126,8 @@ def soak(calls: int, caller_count: int, folder: Path) -> Record:
     port = free_port()
     file = folder / "forno.yaml"
     file.write_text(json.dumps(settings()))
-    argv = [sys.executable, "-m", "forno.server", "serve", str(file), "--address", f"127.0.0.1:{port}"]
     steps: list[Record] = []
-    with ServerProcess(argv, environment(), folder / "server.log") as server:
+    with ServerProcess(serving(file, port), environment(), folder / "server.log") as server:
         _wait_ready(port, server)
         callers = [Caller(port, seed) for seed in range(caller_count)]
         done = 0

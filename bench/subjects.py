@@ -63,9 +63,8 @@ class Subject:
         """
         if not self.transport:
             return [sys.executable, "-m", "bench.echo_aio", str(port)]
-        argv = [sys.executable, "-m", "forno.server", "serve", str(self._served_path(folder))]
         settings = [part for setting in self.settings for part in ("--set", f"models.{self.serves}.{setting}")]
-        return [*argv, "--address", f"127.0.0.1:{port}", "--transport", self.transport, *settings, *extra]
+        return serving(self._served_path(folder), port, "--transport", self.transport, *settings, *extra)
 
     def target(self, port: int, folder: Path) -> h2load.Target:
         """What the generator calls; its body is one row."""
@@ -174,6 +173,17 @@ def _expected(model: str, row: Array) -> Array:
 
 def _json_body(row: Array) -> bytes:
     return json.dumps({"instances": [[round(float(value), 6) for value in one.ravel()] for one in row]}).encode()
+
+
+def serving(path: Path, port: int, *words: str) -> list[str]:
+    """The command line of a Forno server.
+
+    Args:
+        path: What it serves: a settings file or a model.
+        port: Where it listens.
+        words: More flags.
+    """
+    return [sys.executable, "-m", "forno.server", "serve", str(path), "--address", f"127.0.0.1:{port}", *words]
 
 
 def environment(root: Path = ROOT) -> dict[str, str]:
