@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.models import CACHE, IR_VERSION, OPSET, ROW_SHAPES, path_of
+from bench.models import IR_VERSION, OPSET, ROW_SHAPES, kept, path_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,18 +45,6 @@ def _whole(shape: tuple[int, ...], dtype: str, below: int) -> Callable[[int], Ar
     return lambda rows: np.random.default_rng(1).integers(0, below, (rows, *shape)).astype(dtype)
 
 
-def _kept(name: str, make: Callable[[], Any]) -> Path:
-    import onnx  # noqa: PLC0415  (a cached model needs no onnx)
-
-    path = CACHE / f"{name}.onnx"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        onnx.save(make(), partial)
-        partial.rename(path)
-    return path
-
-
 def _half(name: str) -> Path:
     """The model in float16, inputs and outputs too."""
 
@@ -66,7 +54,7 @@ def _half(name: str) -> Path:
 
         return convert_float_to_float16(onnx.load(path_of(name)))
 
-    return _kept(f"{name}-fp16", make)
+    return kept(f"{name}-fp16", make)
 
 
 def _small_vision() -> Path:
@@ -90,7 +78,7 @@ def _small_vision() -> Path:
         graph = helper.make_graph(nodes, "small_vision", [x], [y], constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
-    return _kept("vision-small", make)
+    return kept("vision-small", make)
 
 
 def _encoder(name: str, *, layers: int, width: int, heads: int, tokens: int, vocabulary: int) -> Path:
@@ -147,7 +135,7 @@ def _encoder(name: str, *, layers: int, width: int, heads: int, tokens: int, voc
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
-    return _kept(name, make)
+    return kept(name, make)
 
 
 _SIZE = ROW_SHAPES["resnet50"]

@@ -44,7 +44,6 @@ async def scenario(
     seconds: float,
     rate: float,
     latency_ms: float,
-    queries: int = 1,
 ) -> dict[str, Any]:
     """One run.
 
@@ -54,7 +53,6 @@ async def scenario(
         seconds: Shortest time of the run.
         rate: Samples a second: those of the load, or as many as are expected of Offline.
         latency_ms: Server's bound, for 99 of 100.
-        queries: Fewest samples of a Server run.
 
     Returns:
         `valid`, as LoadGen says, and what it measured.
@@ -87,7 +85,7 @@ async def scenario(
     settings.scenario = getattr(lg.TestScenario, name)
     settings.mode = lg.TestMode.PerformanceOnly
     settings.min_duration_ms = int(seconds * 1000)
-    settings.min_query_count = queries if name == "Server" else 1
+    settings.min_query_count = 1
     settings.offline_expected_qps = settings.server_target_qps = rate
     settings.server_target_latency_ns = int(latency_ms * 1e6)
     settings.server_target_latency_percentile = 0.99

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import onnx
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -103,24 +105,29 @@ def _resnet50(graph: _Graph) -> int:
 MAKERS = {"tiny": _tiny, "resnet50": _resnet50}
 
 
-def path_of(name: str, folder: Path = CACHE) -> Path:
-    """The model's file, made where it is absent.
+def path_of(name: str) -> Path:
+    """The file of "tiny" or "resnet50"."""
+    return kept(name, lambda: _make(name))
+
+
+def kept(name: str, make: Callable[[], onnx.ModelProto]) -> Path:
+    """The file of a model, made where it is absent.
 
     Args:
-        name: "tiny" or "resnet50".
-        folder: Where files are kept.
+        name: Of the file.
+        make: Makes the model; what it imports of `onnx`, a cached model does not need.
     """
-    path = folder / f"{name}.onnx"
+    path = CACHE / f"{name}.onnx"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(_make(name))
+        partial.write_bytes(make().SerializeToString())
         partial.rename(path)
     return path
 
 
-def _make(name: str) -> bytes:
-    from onnx import TensorProto, checker, helper, numpy_helper  # noqa: PLC0415  (a cached model needs no onnx)
+def _make(name: str) -> onnx.ModelProto:
+    from onnx import TensorProto, checker, helper, numpy_helper  # noqa: PLC0415
 
     graph = _Graph(np.random.default_rng(7))
     width = MAKERS[name](graph)
@@ -136,7 +143,7 @@ def _make(name: str) -> bytes:
         ir_version=IR_VERSION,
     )
     checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return model
 
 
 def rows_of(name: str, rows: int, seed: int = 42) -> Array:

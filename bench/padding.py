@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench import report
-from bench.models import CACHE, IR_VERSION, OPSET
+from bench.models import IR_VERSION, OPSET, kept
 from forno.server.config import ModelSettings, PaddingSettings
 from forno.server.metrics import Metrics
 from forno.server.model import Model
@@ -28,7 +28,8 @@ from forno.server.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+    import onnx
 
     from forno.server.request import Answer
 
@@ -59,12 +60,9 @@ class _Way:
     batch_rows: list[int] = field(default_factory=list)
 
 
-def encoder(name: str, folder: Path = CACHE) -> Path:
-    """The model, made where it is absent: tokens, mask int64 [n, length] -> scores float32 [n, 8]."""
-    path = folder / f"encoder-{name}.onnx"
-    if path.exists():
-        return path
-    from onnx import TensorProto, checker, helper, numpy_helper, save  # noqa: PLC0415  (a cached model needs no onnx)
+def encoder(name: str) -> onnx.ModelProto:
+    """The model: tokens, mask int64 [n, length] -> scores float32 [n, 8]."""
+    from onnx import TensorProto, checker, helper, numpy_helper  # noqa: PLC0415  (a cached model needs no onnx)
 
     width, layers, attends = ENCODERS[name]
     random = np.random.default_rng(11)
@@ -140,9 +138,7 @@ def encoder(name: str, folder: Path = CACHE) -> Path:
         ir_version=IR_VERSION,
     )
     checker.check_model(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(model, path)
-    return path
+    return model
 
 
 def sentences(count: int) -> list[tuple[Array, Array]]:
@@ -195,7 +191,7 @@ async def agree(model: Model, rows: Sequence[tuple[Array, Array]], expected: Seq
 
 async def measure(encoder_name: str, seconds: float) -> dict[str, Any]:
     """Loads the model once for each way, compares their answers, and times them in turns."""
-    path = encoder(encoder_name)
+    path = kept(f"encoder-{encoder_name}", lambda: encoder(encoder_name))
     rows = sentences(4096)
     ways = {}
     for name, padding in WAYS.items():

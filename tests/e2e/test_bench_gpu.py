@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 import pytest
-from bench import gpu_models
+from bench import gpu_models, models
 from tests.compiling import needs_compiler
 from tests.e2e.forno_server import ROOT, environment
 
@@ -45,7 +45,7 @@ def test_everything_is_measured(tmp_path: Path, model: str) -> None:
 
 
 def test_the_models_of_the_record_have_the_shapes_of_the_real_ones(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu_models, "CACHE", tmp_path)
+    monkeypatch.setattr(models, "CACHE", tmp_path)
     encoder = gpu_models._encoder("deep", layers=2, width=48, heads=4, tokens=16, vocabulary=50)
     session = onnxruntime.InferenceSession(str(encoder), providers=["CPUExecutionProvider"])
     rows = np.random.default_rng(0).integers(0, 50, (3, 16))
