@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from forno.kernels.devices import DeviceError, attached, open_device
+from forno.kernels.devices import DeviceError, open_device
 from forno.server.engines.onnx import element_type, reason, signature_of
 from forno.server.engines.onnx_files import bytes_of
 from forno.server.errors import ConfigError, EngineLost
@@ -78,16 +78,15 @@ class OnnxCudaEngine:
         self._settings = settings
         self._device = device
         self._kind = "cpu" if device.name == "cpu" else "cuda"  # as the runtime calls it
-        self.ring: Ring | None = None
         self._session: Any = None
         self._binds: bool | None = None  # unknown until one run went both ways
         self._opener = threading.current_thread()  # whose runs are the first ones, and are not captured
         self._graphs: dict[Any, Any] = {}  # see `_graph_key` -> the options of its runs
         self._graph_ids = itertools.count(1)
+        self.ring = Ring(device, settings.slot_limit_bytes, busy_wait=settings.busy_wait)
         try:
             self._check_fits()
-            self.ring = Ring(device, settings.slot_limit_bytes, busy_wait=settings.busy_wait)
-            self._session = self._open(self.ring)
+            self._session = self._open()
             self.signature = signature_of(self._session, path)
             texts = [spec.name for spec in (*self.signature.inputs, *self.signature.outputs) if spec.dtype == OBJECT]
             if texts:
@@ -103,7 +102,7 @@ class OnnxCudaEngine:
 
     def new_slot(self, max_rows: int) -> CudaSlot:
         """Buffers for one batch of up to `max_rows` rows."""
-        return self._open_ring().new_slot(self.signature, max_rows)
+        return self.ring.new_slot(self.signature, max_rows)
 
     def run(self, slot: CudaSlot, rows: int) -> Sequence[Array]:
         """Runs what the slot holds."""
@@ -132,33 +131,17 @@ class OnnxCudaEngine:
         """Frees the session, all memory and the device."""
         self._session = None
         self._graphs.clear()
-        if self.ring is not None:
-            self.ring.close()
-        try:
-            self._device.close()
-        except DeviceError as error:  # of one that is lost
-            log.debug("%s: its device could not be let go: %s", self._path, error)
-
-    def _open_ring(self) -> Ring:
-        if self.ring is None:
-            raise RuntimeError("the engine is closed")
-        return self.ring
+        self.ring.close()
 
     def _check_fits(self) -> None:
-        """Compares the weights with the memory that is free. What runs take is known only when they run."""
-        with attached(self._device):
-            free_bytes, total_bytes = self._device.memory_bytes()
+        """Compares the weights with the memory that the settings allow, and that there is."""
         model_bytes = bytes_of(self._path)
         limit_bytes = self._settings.memory_limit_bytes
         if 0 < limit_bytes < model_bytes:
             raise ConfigError(f"{self._path} has {model_bytes} bytes, but cuda.memory_limit_bytes allows {limit_bytes}")
-        if model_bytes > free_bytes:
-            raise ConfigError(
-                f"{self._path} has {model_bytes} bytes, but of the {total_bytes} bytes of device "
-                f"'{self._device.name}:{self._device.ordinal}' only {free_bytes} are free"
-            )
+        self.ring.check_fits(self._path, model_bytes)
 
-    def _open(self, ring: Ring) -> Any:
+    def _open(self) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1  # the work is elsewhere
         options.inter_op_num_threads = 1
@@ -170,7 +153,7 @@ class OnnxCudaEngine:
                 raise ConfigError(
                     "this ONNX Runtime has no CUDA; install it with 'forno[gpu]', without 'forno[server]' beside it"
                 )
-            given = self._provider_options(ring)
+            given = self._provider_options()
             ort.preload_dlls()
             if not self._settings.allow_cpu:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # no node runs there unseen
@@ -205,10 +188,10 @@ class OnnxCudaEngine:
                 )
         return session
 
-    def _provider_options(self, ring: Ring) -> dict[str, str]:
+    def _provider_options(self) -> dict[str, str]:
         options = {
             "device_id": str(self._device.ordinal),
-            "user_compute_stream": str(ring.compute),
+            "user_compute_stream": str(self.ring.compute),
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": str(int(self._settings.tf32)),
             "prefer_nhwc": str(int(self._settings.channels_last)),
@@ -273,14 +256,14 @@ class OnnxCudaEngine:
             tensors = slot.place_outputs(shapes, [spec.dtype for spec in self.signature.outputs])
             for name, (array, address) in zip(self._output_names, tensors, strict=True):
                 if wipe and array.nbytes:
-                    self._device.fill(address, _UNTOUCHED, array.nbytes, self._open_ring().compute)
+                    self._device.fill(address, _UNTOUCHED, array.nbytes, self.ring.compute)
                 io.bind_output(name, self._kind, self._device.ordinal, element_type(array), array.shape, address)
             self._enqueue(io, options)
             slot.kept = io
             return [array for array, _ in tensors]
 
         options = known or (self._new_run_options(next(self._graph_ids)) if is_new else self._run_options)
-        outputs = self._open_ring().run(slot, enqueue, alone=is_new)
+        outputs = self.ring.run(slot, enqueue, alone=is_new)
         if is_new:
             self._graphs[graph] = options
         return outputs
@@ -315,11 +298,11 @@ class OnnxCudaEngine:
             shapes = [tuple(value.shape()) for value in values]
             return slot.bring_out(shapes, dtypes, [value.data_ptr() for value in values])
 
-        return self._open_ring().run(slot, enqueue)
+        return self.ring.run(slot, enqueue)
 
     def _enqueue(self, io: Any, options: Any) -> None:
         if self._kind == "cpu":  # whose runtime does not know our stream
-            self._device.finish(self._open_ring().compute)
+            self._device.finish(self.ring.compute)
         self._session.run_with_iobinding(io, options)
 
 

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from forno.kernels.devices import DeviceError, attached
-from forno.server.errors import EngineLost
+from forno.server.errors import ConfigError, EngineLost
 from forno.server.slots.host import HostSlot
 from forno.server.slots.slabs import ALIGNMENT_BYTES, SlabFull, SlabPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     import numpy as np
 
@@ -161,7 +162,7 @@ class Ring:
     to this process (an address that is not there, a bus error: the driver then refuses every call), and so is the ring.
 
     Args:
-        device: Where it runs; attached to no thread when a method is called.
+        device: Where it runs; attached to no thread when a method is called, and closed with the ring.
         limit_bytes: Most memory of the slots, on each side; 0 = as much as there is.
         busy_wait: Whether a thread that waits for its outputs spins.
     """
@@ -186,6 +187,20 @@ class Ring:
             self.close()
             raise
         self.come_in, self.compute, self.go_out = self._streams
+
+    def check_fits(self, path: Path, model_bytes: int) -> None:
+        """Compares a model with the memory that is free. What runs take is known only when they run.
+
+        Raises:
+            ConfigError: It is larger.
+        """
+        with attached(self.device):
+            free_bytes, total_bytes = self.device.memory_bytes()
+        if model_bytes > free_bytes:
+            raise ConfigError(
+                f"{path} has {model_bytes} bytes, but of the {total_bytes} bytes of device "
+                f"'{self.device.name}:{self.device.ordinal}' only {free_bytes} are free"
+            )
 
     def new_slot(self, signature: Signature, max_rows: int) -> CudaSlot:
         """Buffers for one batch of up to `max_rows` rows.
@@ -261,26 +276,33 @@ class Ring:
                 self.pool.give(slab)
         self._idle_events.append(slot.events)
 
+    def finish(self) -> None:
+        """Waits for what is under way, as far as the device still answers."""
+        with attached(self.device):
+            for stream in self._streams:
+                with taken_as_it_comes("a stream"):
+                    self.device.finish(stream)
+
     def close(self) -> None:
-        """Gives streams, events and all memory back, as far as the device still takes them. Idempotent."""
+        """Gives streams, events, all memory and the device back, as far as it still takes them. Idempotent."""
         if self._closed:
             return
         self._closed = True
+        self.finish()
         with attached(self.device):
             for stream in self._streams:
-                with _taken_as_it_comes("a stream"):
-                    self.device.finish(stream)
-            for stream in self._streams:
-                with _taken_as_it_comes("a stream"):
+                with taken_as_it_comes("a stream"):
                     self.device.close_stream(stream)
             for event in self._events:
-                with _taken_as_it_comes("an event"):
+                with taken_as_it_comes("an event"):
                     self.device.close_event(event)
             if self.kernels is not None:
-                with _taken_as_it_comes("kernels"):
+                with taken_as_it_comes("kernels"):
                     self.kernels.close()
-            with _taken_as_it_comes("memory"):
+            with taken_as_it_comes("memory"):
                 self.pool.close()
+        with taken_as_it_comes("the device"):
+            self.device.close()
 
     def _recover(self, error: BaseException) -> None:
         """Waits for what is under way, before anybody uses the memory again.
@@ -340,7 +362,7 @@ _gate = Gate()  # of this process: graphs are captured against the whole of it
 
 
 @contextmanager
-def _taken_as_it_comes(what: str) -> Iterator[None]:
+def taken_as_it_comes(what: str) -> Iterator[None]:
     """What ends goes on ending: a device that is lost takes nothing back, and has nothing left to give."""
     try:
         yield

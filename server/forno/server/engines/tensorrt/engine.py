@@ -10,7 +10,6 @@ import logging
 import mmap
 import weakref
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -21,10 +20,10 @@ from forno.server.engines.tensorrt.plans import check_release, why_not_loaded
 from forno.server.errors import ConfigError
 from forno.server.profiles import Profile, Profiles
 from forno.server.signature import Signature, TensorSpec
-from forno.server.slots.cuda import Ring
+from forno.server.slots.cuda import Ring, taken_as_it_comes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -72,7 +71,6 @@ class TensorrtEngine:
         self._settings = settings
         self._logger = library.new_logger()
         self._room_type = output_room_type(library.module)
-        self.ring: Ring | None = None
         self._runtime: Any = None
         self._engine: Any = None
         self._scratch = 0
@@ -81,13 +79,17 @@ class TensorrtEngine:
         self._of_slots: WeakKeyDictionary[CudaSlot, dict[Key, Context]] = WeakKeyDictionary()
         self._graphs = settings.cuda.graphs and device.has_graphs
         try:
+            self.ring = Ring(device, settings.cuda.slot_limit_bytes, busy_wait=settings.cuda.busy_wait)
+        except DeviceError as error:
+            raise ConfigError(f"{plan}: {error}") from error
+        try:
             check_release(plan, library.release, version_compatible=settings.tensorrt.version_compatible)
+            self.ring.check_fits(plan, plan.stat().st_size)
             with attached(device):
                 self._engine = self._load()
                 self._check_tensors()
                 self._scratch_bytes = int(self._engine.device_memory_size_v2)
                 self._scratch = self._take_scratch()
-            self.ring = Ring(device, settings.cuda.slot_limit_bytes, busy_wait=settings.cuda.busy_wait)
             self.signature = self._signature()
             self.profiles = self._profiles()
         except BaseException as error:
@@ -101,7 +103,7 @@ class TensorrtEngine:
 
     def new_slot(self, max_rows: int) -> CudaSlot:
         """Buffers for one batch of up to `max_rows` rows."""
-        slot = self._open_ring().new_slot(self.signature, max_rows)
+        slot = self.ring.new_slot(self.signature, max_rows)
         contexts: dict[Key, Context] = {}
         self._of_slots[slot] = contexts
         weakref.finalize(slot, _keep, self._idle, contexts).atexit = False
@@ -118,7 +120,7 @@ class TensorrtEngine:
         profile = self.profiles.choose(shapes)
         if profile is None:
             raise self.profiles.refusal(shapes)
-        return slot.own_rows(self._open_ring().run(slot, lambda: self._enqueue(slot, profile, shapes)))
+        return slot.own_rows(self.ring.run(slot, lambda: self._enqueue(slot, profile, shapes)))
 
     def settle(self, *, small: bool) -> bool:
         """Has nothing to arrange."""
@@ -126,41 +128,24 @@ class TensorrtEngine:
 
     def close(self) -> None:
         """Frees the plan, all memory and the device, as far as the device still takes them. Idempotent."""
-        if self.ring is not None:
-            self.ring.close()  # waits for what is under way
         if self._runtime is not None:
+            self.ring.finish()
             with attached(self._device):
                 for context in self._contexts:
-                    self._give_back(partial(context.close, self._device))
+                    with taken_as_it_comes("a context"):
+                        context.close(self._device)
                 self._contexts.clear()
                 self._idle.clear()
                 self._engine = None
                 self._runtime = None
                 if self._scratch:
-                    self._give_back(partial(self._device.free, self._scratch))
+                    with taken_as_it_comes("scratch memory"):
+                        self._device.free(self._scratch)
                     self._scratch = 0
-        self._give_back(self._device.close)
-
-    def _give_back(self, release: Callable[[], None]) -> None:
-        try:
-            release()
-        except DeviceError as error:  # of a device that is lost
-            log.debug("%s: not given back: %s", self._plan, error)
-
-    def _open_ring(self) -> Ring:
-        if self.ring is None:
-            raise RuntimeError("the engine is closed")
-        return self.ring
+        self.ring.close()
 
     def _load(self) -> Any:
         """The plan, loaded. The thread is attached: without a driver TensorRT would end the process."""
-        free_bytes, total_bytes = self._device.memory_bytes()
-        plan_bytes = self._plan.stat().st_size
-        if plan_bytes > free_bytes:
-            raise ConfigError(
-                f"{self._plan} has {plan_bytes} bytes, but of the {total_bytes} bytes of device "
-                f"'{self._device.name}:{self._device.ordinal}' only {free_bytes} are free"
-            )
         self._runtime = self._library.module.Runtime(self._logger)
         if self._settings.tensorrt.version_compatible:
             self._runtime.engine_host_code_allowed = True
@@ -271,7 +256,7 @@ class TensorrtEngine:
             raise RunFailed(f"no execution context: {self._logger.taken()}")
         if self._scratch:
             handle.set_device_memory(self._scratch, self._scratch_bytes)
-        if not handle.set_optimization_profile_async(key[0], self._open_ring().compute):
+        if not handle.set_optimization_profile_async(key[0], self.ring.compute):
             raise RunFailed(f"profile {key[0]} cannot be chosen: {self._logger.taken()}")
         context = Context(handle, key)
         self._contexts.append(context)
@@ -302,7 +287,7 @@ class TensorrtEngine:
 
     def _execute(self, context: Context) -> None:
         """A run whose addresses are all told: recorded where it comes a second time, replayed from then on."""
-        stream = self._open_ring().compute
+        stream = self.ring.compute
         addresses = tuple(context.addresses.values())
         fixed = bool(context.key[1])
         if fixed and context.ran_with == addresses and context.graph_addresses != addresses and self._graphs:
@@ -345,7 +330,7 @@ class TensorrtEngine:
                 context.rooms[name] = self._room_type(self._device)
                 if not context.handle.set_output_allocator(name, context.rooms[name]):
                     raise RunFailed(f"output '{name}' takes no allocator: {self._logger.taken()}")
-        self._execute_plainly(context, self._open_ring().compute)
+        self._execute_plainly(context, self.ring.compute)
         rooms = [context.rooms[name] for name in self._output_names]
         dtypes = [spec.dtype for spec in self.signature.outputs]
         return slot.bring_out([room.shape for room in rooms], dtypes, [room.address for room in rooms])
