@@ -2,12 +2,12 @@
 
 Usage: python -m bench.gpu [--device cuda] [--model resnet50] [--rows 64] [--seconds 5] [--out bench/results]
 
-Copies and kernels are in gigabytes a second of what they must move. `bare` is a loop of ONNX Runtime over one batch;
-`forno` answers single rows, batched up to as many, at 1, 2 and 3 instances: with always enough waiting, and in the
-sense of MLPerf's Server scenario, the largest Poisson load whose p99 is within 15 ms. `overlap` is the rate of three
-instances over that of one: what copies and computing gain side by side. Where `mlcommons-loadgen` is installed, its
-LoadGen asks too, by its own clock. `--device cpu` runs all of it without a GPU: to see that it does, not for its
-figures. Writes gpu-DEVICE-MODEL.json.
+Copies and kernels are in gigabytes a second of what they must move. `bare` is a loop of ONNX Runtime over one batch,
+also where Forno has TensorRT run the model; `forno` answers single rows, batched up to as many, at 1, 2 and 3
+instances: with always enough waiting, and in the sense of MLPerf's Server scenario, the largest Poisson load whose p99
+is within 15 ms. `overlap` is the rate of three instances over that of one: what copies and computing gain side by side.
+Where `mlcommons-loadgen` is installed, its LoadGen asks too, by its own clock. `--device cpu` runs all of it without a
+GPU: to see that it does, not for its figures. Writes gpu-DEVICE-MODEL.json.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ def measure(device: str, model: str, rows: int, seconds: float) -> dict[str, Any
     """All of it.
 
     Raises:
-        SystemExit: There is no such device.
+        SystemExit: There is no such device, or the model does not run there.
     """
     name, _, number = device.partition(":")
     is_cpu, ordinal = name == "cpu", int(number or 0)
+    subject = SUBJECTS[model]
+    if is_cpu and "engine" in subject.settings:
+        raise SystemExit(f"'{model}' runs on a GPU alone, and --device is cpu")
     try:
         opened = open_device(name, ordinal)
     except DeviceError as error:
@@ -49,7 +52,6 @@ def measure(device: str, model: str, rows: int, seconds: float) -> dict[str, Any
         "kernels": kernels(opened, _CPU_ROWS if is_cpu else _GPU_ROWS),
     }
     opened.close()
-    subject = SUBJECTS[model]
     path, batch = subject.path(), subject.rows(rows)
     base = bare(path, "cpu" if is_cpu else "cuda", ordinal, (subject.own_rows or subject.rows)(rows), seconds)
     found["bare_rows_per_s"] = round(base)

@@ -1,8 +1,9 @@
 """What `bench.gpu` measures: models of real shapes with random weights, the rows that they are asked for, and settings.
 
 `resnet50`, `-fp16` and `-uint8`: the same network on float32, on float16, and on float16 made of pictures by the
-server's own kernels, with the five best classes as the answer. `minilm`: six layers of 384 on 128 tokens, as
-all-MiniLM-L6 has, pooled. Those with `small` are their like for seconds on a CPU.
+server's own kernels, with the five best classes as the answer; `-tensorrt`: that by TensorRT, with CUDA graphs, of a
+plan that is built first. `minilm`: six layers of 384 on 128 tokens, as all-MiniLM-L6 has, pooled. Those with `small`
+are their like for seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -151,6 +152,12 @@ SUBJECTS = {
         _whole((40, 40, 3), "u1", 256),
         _floats((3, 32, 32), "f4"),
         {**_IMAGES, "postprocess": {"top_k": 1}},
+    ),
+    "resnet50-uint8-tensorrt": Subject(
+        lambda: _half("resnet50"),
+        _whole((224, 224, 3), "u1", 256),
+        _floats(_SIZE, "f2"),
+        {**_IMAGES, "engine": "tensorrt", "cuda": {"graphs": True}},
     ),
     "minilm": Subject(
         lambda: _encoder("minilm", layers=6, width=384, heads=12, tokens=128, vocabulary=30522),

@@ -2,7 +2,8 @@
 # All that only a GPU can show, in the order in which it is worth most: the tests, the kernels under compute-sanitizer,
 # then figures. Each step says what it is; the first that fails ends it. Without a GPU it ends with one line and status 3.
 #
-#   GPU_CHECK_MODELS="minilm resnet50-uint8"   what bench.gpu measures (default: all but the small ones)
+#   GPU_CHECK_MODELS="minilm resnet50-uint8"   what bench.gpu measures (default: all but the small ones, and with TensorRT
+#                                              where that is installed)
 #   GPU_CHECK_SECONDS=5                        of each measurement
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +25,7 @@ print(f"GPU: {device.architecture} at {device.bus_id}, {free >> 20} of {total >>
 device.close()
 END
 
-step "tests: adapters, kernels and the ONNX Runtime engine"
+step "tests: adapters, kernels and engines"
 $python -m pytest -q -p no:cacheprovider tests/gpu
 
 if command -v compute-sanitizer >/dev/null; then
@@ -37,7 +38,9 @@ else
   step "compute-sanitizer is not installed: skipped"
 fi
 
-for model in ${GPU_CHECK_MODELS:-minilm resnet50-uint8 resnet50-fp16 resnet50}; do
+models="minilm resnet50-uint8 resnet50-fp16 resnet50"
+if $python -c "import tensorrt" 2>/dev/null; then models+=" resnet50-uint8-tensorrt"; fi
+for model in ${GPU_CHECK_MODELS:-$models}; do
   step "bench.gpu --model $model"
   $python -m bench.gpu --device cuda --model "$model" --rows 64 --seconds "${GPU_CHECK_SECONDS:-5}"
 done

@@ -59,6 +59,12 @@ def test_the_models_of_the_record_have_the_shapes_of_the_real_ones(tmp_path: Pat
     assert (subject.own_rows(2).dtype, subject.own_rows(2).shape) == (np.float16, (2, 3, 224, 224))
 
 
+def test_what_needs_a_gpu_says_so(tmp_path: Path) -> None:
+    done = bench("--device", "cpu", "--out", str(tmp_path), model="resnet50-uint8-tensorrt")
+    assert done.returncode == 1
+    assert done.stderr == "'resnet50-uint8-tensorrt' runs on a GPU alone, and --device is cpu\n"
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = bench("--device", "cuda:9", "--out", str(tmp_path))
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,12 +15,16 @@ import numpy as np
 import onnx
 import pytest
 from tests.compiling import fake_driver
+from tests.e2e import test_images
 from tests.e2e.forno_server import ROOT, FornoServer, environment
 from tests.e2e.test_reload import reload
 from tests.unit import onnx_models
 from tests.unit.plans import FAKE
 from tests.unit.test_engines import plain
+from tests.unit.test_kernels_build import nvrtc_obstacle
 
+from forno.client import Client
+from forno.kernels import build
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
 
 if TYPE_CHECKING:
@@ -52,8 +57,8 @@ def folder(driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def predict(server: FornoServer, rows: Any, **which: str) -> Future[Any]:
-    request = predictor_pb2.PredictRequest(model="m", inputs=[tensors.encode("x", rows)], **which)
+def predict(server: FornoServer, rows: Any, name: str = "x", **which: str) -> Future[Any]:
+    request = predictor_pb2.PredictRequest(inputs=[tensors.encode(name, rows)], **{"model": "m", **which})
     future: Future[Any] = predictor_pb2_grpc.PredictorStub(server.channel).Predict.future(request, timeout=20)
     return future
 
@@ -93,6 +98,46 @@ def test_the_next_version_is_served_without_a_build(folder: Path) -> None:
         for version, path in models.items():
             answer = tensors.decode(predict(server, rows, version=version).result().outputs[0])
             np.testing.assert_allclose(answer, plain(path, rows)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(nvrtc_obstacle()), reason=nvrtc_obstacle())
+def test_what_gpus_are_asked_is_sound(folder: Path) -> None:
+    """tests/gpu, which wait for a GPU, do not rot meanwhile."""
+    build.kernels_for("sm_90", folder / "cache" / "forno" / "kernels")  # NVRTC is not for a fake driver
+    chosen = ["tests/gpu/test_tensorrt_on_gpu.py", "-k", "cuda and not pycuda and not hundred"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.skipif(bool(nvrtc_obstacle()), reason=nvrtc_obstacle())
+@pytest.mark.parametrize("transport", ["grpc", "envoy"])
+def test_pictures_come_in_and_labels_go_out(folder: Path, transport: str) -> None:
+    """The kernels run around recorded runs, through the real cuda-bindings; pictures of all sizes together."""
+    build.kernels_for("sm_90", folder / "cache" / "forno" / "kernels")  # NVRTC is not for a fake driver
+    path = onnx_models.seeing(folder / "see.onnx", size=(32, 32))
+    ours = {"engine": "tensorrt", "instances": 2, "batching": {"max_rows": 8}, "cuda": {"graphs": True}}
+    models = {"see": {**test_images.SETTINGS["models"]["see"], **ours}}
+    (folder / "forno.yaml").write_text(json.dumps({**test_images.SETTINGS, "models": models}))
+    with FornoServer(folder / "forno.yaml", transport=transport) as server, Client(server.target) as client:
+        for _ in range(3):
+            asked = [predict(server, image[np.newaxis], "image", model="see") for image in test_images.pictures() * 8]
+            for image, answer in zip(test_images.pictures() * 8, asked, strict=True):
+                values, classes = test_images.best_of(path, image)
+                got = {output.name: tensors.decode(output) for output in answer.result().outputs}
+                np.testing.assert_array_equal(got["logits_classes"], classes)
+                np.testing.assert_allclose(got["logits"], values, rtol=1e-4, atol=1e-6)
+        image = test_images.pictures()[0]
+        data = test_images.encoded(image, "PNG")
+        test_images.check(client.invoke("pictures", data=data, content_type="image/png").output, path, image)
+        if transport == "envoy":
+            reply = server.http("POST", "/v1/pictures", data, {"content-type": "image/png"})
+            assert reply.status == 200, reply.body
+            test_images.check(json.loads(reply.body), path, image)
+        assert "(tensorrt, batches up to 8 rows)" in server.output()
+    assert server.process.returncode == 0
 
 
 def test_what_no_profile_holds_is_refused_in_words(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.gpu.pictures import check_pictures
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
 from tests.unit.test_onnx_cuda import answers, normal
@@ -60,6 +61,11 @@ def test_answers_are_the_cpus(tmp_path: Path, device: Device, make: Any, inputs:
         for got, want in zip(answers(engine, slot, inputs), plain(path, *inputs), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     engine.close()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_pictures_in_and_best_classes_out(tmp_path: Path, device: Device, half: bool) -> None:
+    check_pictures(tmp_path, lambda path: engine_on(device, path), half=half)
 
 
 def test_instances_run_side_by_side(tmp_path: Path, device: Device) -> None:

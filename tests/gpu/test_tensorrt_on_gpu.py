@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.gpu.pictures import check_pictures
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
 from tests.unit.test_onnx_cuda import answers, normal
@@ -65,6 +66,12 @@ def test_answers_are_the_cpus(tmp_path: Path, device: str, make: Any, inputs: tu
         for got, want in zip(answers(engine, slot, inputs), plain(path, *inputs), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     engine.close()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_pictures_in_and_best_classes_out(tmp_path: Path, device: str, graphs: bool, half: bool) -> None:
+    check_pictures(tmp_path, lambda path: opened(device, path, graphs), half=half)
 
 
 def test_the_nearest_of_two_profiles_and_version_compatible_plans(tmp_path: Path, device: str) -> None:

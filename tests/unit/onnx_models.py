@@ -81,6 +81,44 @@ def seeing(
     )
 
 
+def seeing_beside(path: Path) -> Path:
+    """Logits of images [rows, 3, 6, 5], of which the mean of others, [rows, size], lifts the first; and the others."""
+    weights = np.random.default_rng(4).standard_normal((90, 7)).astype(np.float32) / 3
+    return save(
+        path,
+        [("others", Type.FLOAT, ["rows", "size"]), ("image", Type.FLOAT, ["rows", 3, 6, 5])],
+        [("logits", Type.FLOAT, ["rows", 7]), ("same", Type.FLOAT, ["rows", "size"])],
+        [
+            helper.make_node("Flatten", ["image"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["seen"]),
+            helper.make_node("ReduceMean", ["others", "axes"], ["mean"], keepdims=1),
+            helper.make_node("Mul", ["mean", "first"], ["lift"]),
+            helper.make_node("Add", ["seen", "lift"], ["logits"]),
+            helper.make_node("Identity", ["others"], ["same"]),
+        ],
+        {"w": weights, "axes": np.array([1]), "first": np.eye(1, 7, dtype=np.float32)},
+    )
+
+
+def finding(path: Path) -> Path:
+    """Logits of one image [1, 3, 6, 5], and those of them that are positive: how many is for the image to say."""
+    weights = np.random.default_rng(4).standard_normal((90, 7)).astype(np.float32) / 3
+    return save(
+        path,
+        [("image", Type.FLOAT, [1, 3, 6, 5])],
+        [("logits", Type.FLOAT, [1, 7]), ("found", Type.FLOAT, ["count"])],
+        [
+            helper.make_node("Flatten", ["image"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+            helper.make_node("Greater", ["logits", "zero"], ["above"]),
+            helper.make_node("Reshape", ["above", "line"], ["chosen"]),
+            helper.make_node("Reshape", ["logits", "line"], ["scores"]),
+            helper.make_node("Compress", ["scores", "chosen"], ["found"], axis=0),
+        ],
+        {"w": weights, "zero": np.float32(0), "line": np.array([7])},
+    )
+
+
 def two_in_two_out(path: Path) -> Path:
     """sum and product of a [n, 4] and a [n, 1]."""
     return save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from tests.unit import onnx_models
 from tests.unit.devices import Counting
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
+from tests.unit.test_onnx_cuda import answers
 
 from forno.kernels import host, reference
 from forno.kernels.devices.cpu import CpuDevice
-from forno.server.config import Config, ModelSettings
+from forno.server.config import Config, CudaSettings, ModelSettings
 from forno.server.engines import onnx_cuda
+from forno.server.engines.processed import ProcessedEngine
 from forno.server.errors import ConfigError, InvalidArgument
 from forno.server.processing import plan
 
@@ -240,3 +243,27 @@ def test_only_bytes_go_in_and_only_the_best_come_out(tmp_path: Path, monkeypatch
         ("in", -(-image_bytes // 256) * 256 + -(-offsets_bytes // 256) * 256 + ways_bytes),  # 2.3 kB; floats: 49 kB
         ("out", 256 + 5 * 4),  # all scores: 4 kB
     ]
+
+
+@needs_compiler
+def test_pictures_of_all_sizes_share_the_graph_of_their_slot(tmp_path: Path) -> None:
+    path = onnx_models.seeing(tmp_path / "m.onnx")
+    inner = onnx_cuda.OnnxCudaEngine(path, CudaSettings(graphs=True), CpuDevice(runtime_memory=True))
+    settings = ModelSettings(preprocess=IMAGENET, postprocess={"top_k": 2, "softmax": True})
+    answers(inner, inner.new_slot(1), (np.zeros((1, 3, 6, 5), np.float32),))  # the proof, on the thread that opened it
+    engine = ProcessedEngine(inner, plan(inner.signature, settings.preprocess, settings.postprocess))
+    slots = [engine.new_slot(1) for _ in range(2)]
+    pictures = images(3, (6, 5), (200, 300), (900, 70), (3, 4))  # for which the slabs of their bytes have to grow
+
+    def serve() -> None:
+        for slot in slots:
+            for picture in pictures:
+                values, classes = answers(engine, slot, (picture,))
+                want = wanted(path, [picture], (6, 5), 2)
+                np.testing.assert_allclose(values, want[0], rtol=1e-4, atol=1e-6)
+                np.testing.assert_array_equal(classes, want[1])
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(serve).result()
+    assert len(inner._graphs) == len(slots)
+    engine.close()

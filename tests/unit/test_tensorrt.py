@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from onnx import TensorProto as Type
-from tests.compiling import needs_compiler
 from tests.unit import onnx_models, plans
 from tests.unit.devices import Losable
 from tests.unit.test_engines import plain
@@ -354,32 +353,6 @@ def test_rows_that_neither_settings_nor_plan_allow(
         live(monkeypatch, device, plan, None, batching={"max_rows": 4})
     with pytest.raises(ConfigError, match=r"padding\.allowed_rows is \[2, 4\], but the plan runs 8 to 16 rows"):
         live(monkeypatch, device, plan, None, padding={"allowed_rows": [2, 4]})
-
-
-@needs_compiler
-@pytest.mark.parametrize("graphs", [False, True])
-def test_images_in_and_best_classes_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Any, graphs: bool
-) -> None:
-    device.architecture = "cpu"  # for whose kernels are built
-    model = onnx_models.seeing(tmp_path / "m.onnx")
-    plan = plans.write(tmp_path / "m.plan", model, {"image": [[1, 3, 6, 5], [4, 3, 6, 5], [8, 3, 6, 5]]})
-    pictures = [np.random.default_rng(seed).integers(0, 256, (1, 6, 5, 3), np.uint8) for seed in range(20)]
-    floats = np.concatenate([picture.transpose(0, 3, 1, 2).astype(np.float32) / 255 for picture in pictures])
-    scores = plain(model, floats)[0]
-
-    async def check(served: Any) -> None:
-        for _ in range(3):  # with graphs, the later ones are replayed
-            got = await asyncio.gather(*[ask(served, image=picture) for picture in pictures])
-            best, classes = (np.concatenate(parts) for parts in zip(*got, strict=True))
-            np.testing.assert_array_equal(classes, np.argsort(-scores, axis=1)[:, :2])
-            np.testing.assert_allclose(best, -np.sort(-scores, axis=1)[:, :2], rtol=1e-4, atol=1e-4)
-
-    live(
-        monkeypatch, device, plan, check, engine="tensorrt", preprocess={"mean": [0, 0, 0], "std": [1, 1, 1]},
-        postprocess={"top_k": 2, "softmax": False}, cuda={"graphs": graphs}, batching={"max_rows": 8},
-    )  # fmt: skip
-    assert bool(device.replays) == graphs
 
 
 def test_a_device_that_is_lost_takes_the_engine_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,11 +178,13 @@ class Model:
             raise self.not_ready()
         if self._text_inputs:
             request.inputs = self.signature.as_text(request.inputs, self._text_inputs)
-        if self._shape_check is not None:
-            self._shape_check(request.inputs, self.signature.padding)
         image = self.processing.image
         if image is not None:
             image.check(request.inputs[image.index].shape)
+            if len(request.inputs) > 1:
+                request.shape_key = image.run_shapes(request.row_shapes)  # the others decide what runs together
+        if self._shape_check is not None:
+            self._shape_check(request.inputs, self.signature.padding)
         if request.rows > self.max_rows:
             self._submit_parts(worker, request)
             return
@@ -293,7 +295,10 @@ class Model:
         batching = self.settings.batching
         self.signature = engine.signature
         self.note = warm.note
-        self._shape_check = ShapeCheck(engine.profiles, warm.signature.batched) if engine.profiles.ranges else None
+        if engine.profiles.ranges:
+            image = self.processing.image
+            run_shapes = None if image is None else image.run_shapes
+            self._shape_check = ShapeCheck(engine.profiles, warm.signature.batched, run_shapes)
         self.example_shapes = warm.shapes
         self._pads = warm.signature.padding is not None and bool(warm.signature.padding.names)
         if engine.text_only:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from forno.server.config import PostprocessSettings, PreprocessSettings
+    from forno.server.profiles import Shapes
 
 MOST_PIXELS = 32767
 """Longest side of an image, before and after: as the kernels."""
@@ -58,6 +59,11 @@ class ImagePlan:
             case (rows, columns):
                 pass
         return rows, columns, round((rows - self.height) / 2), round((columns - self.width) / 2)
+
+    def run_shapes(self, shapes: Shapes) -> Shapes:
+        """What inputs of these shapes run with, be it of one row or of all: every image comes to one size."""
+        at = self.index
+        return (*shapes[:at], (*shapes[at][:-3], *self.shape), *shapes[at + 1 :])
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses images that cannot be resized; `shape` has fitted the signature.
@@ -101,13 +107,11 @@ class Processing:
         inputs, outputs = list(own.inputs), list(own.outputs)
         if self.image is not None:
             spec = inputs[self.image.index]
-            shape, names = (spec.shape[0], -1, -1, self.image.channels), (*spec.dim_names[:1], "height", "width", "")
+            shape, names = (spec.shape[0], -1, -1, self.image.channels), (_rows_name(spec), "height", "width", "")
             inputs[self.image.index] = TensorSpec(spec.name, np.dtype(np.uint8), shape, names)
         if self.ranking is not None:
             spec = outputs[self.ranking.index]
-            best = replace(
-                spec, dtype=_VALUES, shape=(spec.shape[0], self.ranking.k), dim_names=(*spec.dim_names[:1], "")
-            )
+            best = replace(spec, dtype=_VALUES, shape=(spec.shape[0], self.ranking.k), dim_names=(_rows_name(spec), ""))
             outputs[self.ranking.index] = best
             outputs.append(replace(best, name=f"{spec.name}_classes", dtype=_CLASSES))
         return replace(own, inputs=tuple(inputs), outputs=tuple(outputs))
@@ -183,6 +187,10 @@ def _at(specs: Sequence[TensorSpec], name: str, where: str, kind: str) -> int:
     if len(names) != 1:
         raise ConfigError(f"{where} is missing, and the model has the {kind}s {listed}")
     return 0
+
+
+def _rows_name(spec: TensorSpec) -> str:
+    return spec.dim_names[0] if spec.dim_names else ""  # plans have none
 
 
 def _layout(shape: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from forno.server.errors import ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
 
@@ -126,11 +126,13 @@ class ShapeCheck:
     Args:
         profiles: The ranges.
         batched: Whether axis 0 of every input counts rows, which are then no matter of the request.
+        run_shapes: What inputs of some shapes run with, where that is something else.
     """
 
-    def __init__(self, profiles: Profiles, batched: bool) -> None:
+    def __init__(self, profiles: Profiles, batched: bool, run_shapes: Callable[[Shapes], Shapes] | None = None) -> None:
         self._profiles = profiles
         self._batched = batched
+        self._run_shapes = run_shapes
         self._passed: set[Shapes] = set()
 
     def __call__(self, inputs: Sequence[Array], padding: Padding | None) -> None:
@@ -140,6 +142,8 @@ class ShapeCheck:
             InvalidArgument: The engine was not built for them.
         """
         shapes = tuple([array.shape[1:] if self._batched else array.shape for array in inputs])
+        if self._run_shapes is not None:
+            shapes = self._run_shapes(shapes)
         if shapes in self._passed:
             return
         if self._batched:

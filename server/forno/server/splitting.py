@@ -119,6 +119,7 @@ def parts_of(request: Request, max_rows: int, count: Count) -> tuple[Whole, Sequ
                 request.expires_us,
                 request.priority,
                 deadline_us=request.deadline_us,
+                shape_key=request.shape_key,
                 is_part=True,
             )
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from forno.kernels.devices import Device
     from forno.server.config import CudaSettings
-    from forno.server.slots.cuda import CudaSlot
+    from forno.server.slots.cuda import CudaSlot, Tensor
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -111,17 +111,18 @@ class OnnxCudaEngine:
             return slot.own_rows(self._run_free(slot))
         if self._binds is None:
             return slot.own_rows(self._prove_binding(slot, shapes))
+        outputs = self._place_outputs(slot, shapes)
         try:
-            return slot.own_rows(self._run_bound(slot, shapes))
+            return slot.own_rows(self._run_bound(slot, outputs))
         except (DeviceError, EngineLost):  # which is no fault of the binding
             raise
         except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
             if self._settings.graphs:  # outputs of a free run are where graphs compute
-                return slot.own_rows(self._run_without_graph(slot, shapes, error))
-            outputs = slot.own_rows(self._run_free(slot))  # raises too, unless it was the binding that failed
+                return slot.own_rows(self._run_without_graph(slot, outputs, error))
+            free = slot.own_rows(self._run_free(slot))  # raises too, unless it was the binding that failed
             log.warning("%s: its outputs are bound no longer: %s", self._path, reason(error))
             self._binds = False
-            return outputs
+            return free
 
     def settle(self, *, small: bool) -> bool:
         """Has nothing to arrange."""
@@ -239,50 +240,54 @@ class OnnxCudaEngine:
         """The first run: free and bound; outputs are bound from then on only if both gave the same."""
         plain = [np.array(array) for array in self._run_free(slot)]
         try:
-            self._binds = all(map(_equal, plain, self._run_bound(slot, shapes, wipe=True)))
+            bound = self._run_bound(slot, self._place_outputs(slot, shapes), wipe=True)
+            self._binds = all(map(_equal, plain, bound))
         except Exception as error:  # noqa: BLE001  (the runtime's errors have no common base)
             log.debug("%s: its outputs cannot be bound: %s", self._path, reason(error))
             self._binds = False
         return plain
 
-    def _run_bound(self, slot: CudaSlot, shapes: list[tuple[int, ...]], *, wipe: bool = False) -> Sequence[Array]:
+    def _place_outputs(self, slot: CudaSlot, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return slot.place_outputs(shapes, [spec.dtype for spec in self.signature.outputs])
+
+    def _run_bound(self, slot: CudaSlot, outputs: list[Tensor], *, wipe: bool = False) -> Sequence[Array]:
         """A run whose outputs come to their places in the slot; with `wipe`, over bytes that no model makes."""
-        graph = self._graph_key(slot)
+        graph = self._graph_key(slot, outputs)
         known = self._graphs.get(graph)
         is_new = graph is not None and known is None and len(self._graphs) < _MOST_GRAPHS
 
         def enqueue() -> list[Array]:
             io = self._bind_inputs(slot)
-            tensors = slot.place_outputs(shapes, [spec.dtype for spec in self.signature.outputs])
-            for name, (array, address) in zip(self._output_names, tensors, strict=True):
+            for name, (array, address) in zip(self._output_names, outputs, strict=True):
                 if wipe and array.nbytes:
                     self._device.fill(address, _UNTOUCHED, array.nbytes, self.ring.compute)
                 io.bind_output(name, self._kind, self._device.ordinal, element_type(array), array.shape, address)
             self._enqueue(io, options)
             slot.kept = io
-            return [array for array, _ in tensors]
+            return [array for array, _ in outputs]
 
         options = known or (self._new_run_options(next(self._graph_ids)) if is_new else self._run_options)
-        outputs = self.ring.run(slot, enqueue, alone=is_new)
+        found = self.ring.run(slot, enqueue, alone=is_new)
         if is_new:
             self._graphs[graph] = options
-        return outputs
+        return found
 
-    def _run_without_graph(self, slot: CudaSlot, shapes: list[tuple[int, ...]], error: Exception) -> Sequence[Array]:
+    def _run_without_graph(self, slot: CudaSlot, outputs: list[Tensor], error: Exception) -> Sequence[Array]:
         """Runs again what could not be captured; raises what went wrong if that was something else."""
-        graph = self._graph_key(slot)
+        graph = self._graph_key(slot, outputs)
         if graph is None or graph in self._graphs:
             raise error
         self._graphs[graph] = self._run_options
         log.warning("%s: runs of %d rows go without a graph: %s", self._path, slot.inputs[0].shape[0], reason(error))
-        return self._run_bound(slot, shapes)
+        return self._run_bound(slot, outputs)
 
-    def _graph_key(self, slot: CudaSlot) -> Any:
+    def _graph_key(self, slot: CudaSlot, outputs: list[Tensor]) -> Any:
         """What a graph is tied to; None where there is to be none."""
         thread = threading.current_thread()
         if not self._settings.graphs or not self._binds or thread is self._opener:
             return None
-        return thread, slot.input_slab, slot.output_slab, tuple([array.shape for array in slot.inputs])
+        addresses = (*slot.addresses, *[address for _, address in outputs])  # some of processed slots are in no slab
+        return thread, addresses, tuple([array.shape for array in slot.inputs])
 
     def _run_free(self, slot: CudaSlot) -> Sequence[Array]:
         """A run whose outputs the runtime places; they are copied one by one."""

@@ -41,7 +41,8 @@ class ProcessedEngine:
         self.signature = processing.seen_from_outside(engine.signature)
         self._engine = engine
         self._processing = processing
-        self.profiles = engine.profiles if processing.image is None else Profiles()  # every image becomes of one shape
+        only_image = processing.image is not None and len(engine.signature.inputs) == 1  # which becomes of one shape
+        self.profiles = Profiles() if only_image else engine.profiles  # of the shapes that its runs are given
         for ring in rings_of(engine):
             try:
                 process(ring, processing)
