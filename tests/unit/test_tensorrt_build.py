@@ -165,9 +165,10 @@ def test_types_of_tensorrt_10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert bench.told(bench.plans().ready())["typed"]
     bench = Bench(tmp_path, monkeypatch, "11.4.0.106")
     with pytest.raises(
-        ConfigError, match=r"precision is 'fp16', but TensorRT 11\.4\.0\.106 takes types from the model"
+        ConfigError,
+        match=r"precision is 'bf16', but TensorRT 11\.4\.0\.106 takes types from the model alone, and Forno",
     ):
-        bench.plans(tensorrt={"precision": "fp16"}).ready()
+        bench.plans(tensorrt={"precision": "bf16"})
     plans.uninstalled()
 
 

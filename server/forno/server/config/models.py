@@ -203,8 +203,9 @@ class TensorrtSettings(Settings):
     [{tokens: {min: [1, 16], opt: [16, 128], max: [32, 512]}}]; a run takes the one whose `opt` is nearest. Inputs of
     fixed shape need none. Empty = 1 to `batching.max_rows` rows, for models of which nothing else is open."""
     precision: Literal["model", "fp16", "bf16"] = "model"
-    """In which types a plan computes: those of the model, or, with TensorRT 10 alone, also float16 or bfloat16 where
-    that is faster."""
+    """In which types a plan computes: those of the model, or also float16, or, with TensorRT 10 alone, bfloat16.
+    TensorRT 10 takes them where that is faster. For TensorRT 11, a model is converted to float16 but for its inputs and
+    outputs, and for what squares, exponentiates or sums. Compare the answers with those of the model."""
     workspace_bytes: Annotated[int, Field(strict=True, ge=0)] = 0
     """Most memory of the GPU that a plan may be built to compute in, in bytes; 0 = as much as there is."""
     optimization_level: Annotated[int, Field(strict=True, ge=0, le=5)] = 3

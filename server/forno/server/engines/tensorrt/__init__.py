@@ -3,7 +3,7 @@
 `library.py` knows what is installed, and what differs between packages and releases; `plans.py` what a plan file tells
 before it is loaded; `contexts.py` is what a slot runs with; `engine.py` is the engine. `build.py` has plans built by
 `builder.py`, a process apart, and kept in `cache.py`, by what `../onnx_files.py` finds a model to consist of. Versions
-that differ in weights alone, by `structure.py`, get a kept plan with theirs by `refit.py`.
+that differ in weights alone, by `structure.py`, get a kept plan with theirs by `refit.py`. `float16.py` converts.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ class Plans:
         folder = settings.tensorrt.cache_dir or default_folder()
         self._cache = PlanCache(Path(folder), library, device)
         self._options = build_options(settings)
+        library.converts(settings.tensorrt.precision)
         if settings.tensorrt.refit:
             library.check_refit()
         self._structure = structure_of(model) if settings.tensorrt.refit else None

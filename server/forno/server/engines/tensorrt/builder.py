@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from forno.kernels.devices import DeviceError, open_device
 from forno.server.engines.tensorrt import library
 from forno.server.engines.tensorrt.cache import keep
+from forno.server.engines.tensorrt.float16 import convert
 from forno.server.engines.tensorrt.library import Library, sizes
 from forno.server.engines.tensorrt.refit import refit
 from forno.server.errors import ConfigError
@@ -75,6 +77,17 @@ class Progress:
         if now_s - self._told_s >= _TELL_EVERY_S:
             self._told_s = now_s
             self._tell({"progress": {"phase": phase, "done": round(self._most, 3)}})
+
+
+def make(job: dict[str, Any], found: Library, progress: Progress) -> dict[str, Any]:
+    """Makes the plan of a job, of a model that is converted first where its `precision` needs that; see `build`."""
+    plan = Path(job["plan"])
+    with tempfile.TemporaryDirectory(
+        dir=plan.parent, prefix=plan.name
+    ) as folder:  # found by the next if this is killed
+        if found.converts(job["precision"]):
+            job = {**job, "model": str(convert(Path(job["model"]), Path(folder)))}
+        return refit(job, found) if job["relative"] else build(job, found, progress)
 
 
 def build(job: dict[str, Any], found: Library, progress: Progress) -> dict[str, Any]:
@@ -229,8 +242,7 @@ def main() -> None:
     try:
         device = open_device(job["device"], job["ordinal"])
         device.attach()  # for the whole life of this process: TensorRT takes the GPU that is current
-        found = library.find()
-        tell({"built": refit(job, found) if job["relative"] else build(job, found, Progress(tell))})
+        tell({"built": make(job, library.find(), Progress(tell))})
     except (ConfigError, DeviceError) as error:
         tell({"failed": str(error)})
 

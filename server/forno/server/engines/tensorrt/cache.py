@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from contextlib import contextmanager
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from forno.server.engines.tensorrt.library import Library
     from forno.server.engines.tensorrt.structure import Structure
 
-_FORMAT = 1  # of what is told of a build; another number makes all kept plans strangers
+_FORMAT = (
+    1  # of what is told of a build, and of how models are converted; another number makes all kept plans strangers
+)
 _POLL_S = 0.2
 _UNFINISHED = ".building-"
 
@@ -131,13 +134,16 @@ class PlanCache:
                 except BlockingIOError:
                     wait()
                     time.sleep(_POLL_S)
-            for left in self._folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed: nobody else builds now
-                left.unlink(missing_ok=True)
-            unfinished = self._folder / f"{_UNFINISHED}{os.getpid()}"
+            self._remove_unfinished()
             try:
-                yield unfinished
+                yield self._folder / f"{_UNFINISHED}{os.getpid()}"
             finally:
-                unfinished.unlink(missing_ok=True)
+                self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what processes that were killed have left: whoever calls this has the turn, and nobody builds."""
+        for left in self._folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def default_folder() -> Path:

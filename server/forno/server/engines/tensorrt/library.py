@@ -26,6 +26,7 @@ _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _SAME_NAME = ("INT8", "INT32", "INT64", "UINT8", "BOOL")
 _KEPT_ERRORS = 8
 _PRECISIONS = {"fp16": "FP16", "bf16": "BF16"}
+_CONVERTED = "fp16"
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,35 @@ class Library:
             raise ConfigError(f"its tensor '{tensor}' is of TensorRT's type {name}, expected one of {expected}")
         return tensors.dtype_named(known)
 
-    def network_flags(self, precision: str) -> int:
-        """How a network is created whose layers compute in the types that the model says, or in `precision`.
+    def converts(self, precision: str) -> bool:
+        """Whether a model is to be converted for a precision, because this release takes types from the model alone.
 
         Raises:
-            ConfigError: This release takes types from the model alone.
+            ConfigError: It is, and cannot be.
         """
-        if precision == "model":
+        if precision == "model" or hasattr(self.module.BuilderFlag, _PRECISIONS[precision]):
+            return False
+        if precision == _CONVERTED:
+            return True
+        raise ConfigError(
+            f"tensorrt.precision is '{precision}', but TensorRT {self.version} takes types from the model alone, and "
+            f"Forno converts to '{_CONVERTED}' alone: convert the model, such as with ModelOpt's AutoCast, and remove "
+            "the setting"
+        )
+
+    def network_flags(self, precision: str) -> int:
+        """How a network is created whose layers compute in the types that the model says, or in `precision`."""
+        if precision == "model" or self.converts(precision):
             return 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        if not hasattr(self.module.BuilderFlag, _PRECISIONS[precision]):
-            raise ConfigError(
-                f"tensorrt.precision is '{precision}', but TensorRT {self.version} takes types from the model alone: "
-                "convert the model, such as with ModelOpt's AutoCast, and remove the setting"
-            )
         return 0
+
+    def precision_flags(self, precision: str) -> list[Any]:
+        """The builder's flags for a precision."""
+        return (
+            []
+            if precision == "model" or self.converts(precision)
+            else [getattr(self.module.BuilderFlag, _PRECISIONS[precision])]
+        )
 
     def check_refit(self) -> None:
         """Refuses to build plans that take other weights where that is known to be broken.
@@ -89,10 +105,6 @@ class Library:
                 f"tensorrt.refit is set, and TensorRT {self.version} is installed, of which NVIDIA says that it can "
                 "drop biases from plans that take other weights: install another release, or remove the setting"
             )
-
-    def precision_flags(self, precision: str) -> list[Any]:
-        """The builder's flags for a precision that `network_flags` has let pass."""
-        return [] if precision == "model" else [getattr(self.module.BuilderFlag, _PRECISIONS[precision])]
 
 
 def find() -> Library:
