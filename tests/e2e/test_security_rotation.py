@@ -9,6 +9,7 @@ import time
 
 import grpc
 import pytest
+from tests.e2e.hosts import eventually
 from tests.e2e.secured import ROWS, Credential, Secured, SecuredServer, keyed_server, predict
 
 from forno.server.security import keys
@@ -68,13 +69,6 @@ def served_certificate(server: SecuredServer) -> bytes:
         return wrapped.getpeercert(binary_form=True)
 
 
-def eventually(happened, limit_s: float = 8.0) -> None:
-    end = time.monotonic() + limit_s
-    while not happened():
-        assert time.monotonic() < end, f"it did not happen within {limit_s} s"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("transport", ["envoy", "grpc"])
 def test_nothing_fails_while_certificates_and_keys_change(tmp_path, transport):
     files = Secured(tmp_path)
@@ -83,13 +77,13 @@ def test_nothing_fails_while_certificates_and_keys_change(tmp_path, transport):
         for _ in range(2):
             before = served_certificate(server)
             files.rotate_certificate()
-            eventually(lambda before=before: served_certificate(server) != before)
+            eventually(lambda before=before: served_certificate(server) != before, 8)
             old = load.credential
             new = files.key("predict:model/alpha")
             load.credential = new  # good at once
             time.sleep(0.2)  # until calls that show the old one have ended
             keys.remove(files.keys_file, old.headers["X-Api-Key"].split("_")[1])
-            eventually(lambda old=old: server.rpc(PREDICT, predict("alpha"), old)[0] == "UNAUTHENTICATED")
+            eventually(lambda old=old: server.rpc(PREDICT, predict("alpha"), old)[0] == "UNAUTHENTICATED", 8)
         current = served_certificate(server)
         (files.folder / "server.key").write_text("no key")
         time.sleep(1.5)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ import onnx
 import pytest
 from tests.compiling import fake_driver
 from tests.e2e import test_images
-from tests.e2e.forno_server import ROOT, FornoServer, environment
+from tests.e2e.forno_server import ROOT, FornoServer, environment, forno
+from tests.e2e.hosts import eventually
 from tests.e2e.test_reload import reload
 from tests.unit import onnx_models
 from tests.unit.plans import FAKE
@@ -161,11 +161,8 @@ def test_a_server_that_is_stopped_gives_up_its_build(
 ) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_BUILD", '{"step_s": 60}')
     with FornoServer(folder / "forno.yaml", transport=transport, ready=False) as server:
-        began_s = time.monotonic()
-        while "builds a plan" not in server.output():
-            assert time.monotonic() - began_s < 20, server.output()
-            assert server.process.poll() is None, server.output()
-            time.sleep(0.05)
+        eventually(lambda: "builds a plan" in server.output(), 20)
+        assert server.process.poll() is None, server.output()
         server.process.terminate()
         assert server.process.wait(10) == 0, server.output()
         assert "Traceback" not in server.output()
@@ -175,14 +172,9 @@ def test_a_server_that_is_stopped_gives_up_its_build(
 def test_the_builder_does_not_outlive_a_server_that_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_BUILD", '{"step_s": 60}')
     with FornoServer(folder / "forno.yaml", transport="grpc", ready=False) as server:
-        end_s = time.monotonic() + 20
-        while not builders(folder):
-            assert time.monotonic() < end_s, server.output()
-            time.sleep(0.05)
+        eventually(lambda: builders(folder), 20)
         server.process.kill()
-        while builders(folder):
-            assert time.monotonic() < end_s
-            time.sleep(0.05)
+        eventually(lambda: not builders(folder), 20)
 
 
 def builders(folder: Path) -> list[str]:
@@ -198,14 +190,9 @@ def builders(folder: Path) -> list[str]:
     return found
 
 
-def check(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "forno.server", "check", str(folder / "forno.yaml")]
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_check_says_what_will_be_built(folder: Path) -> None:
     for told in ("builds a plan, to be kept as", "takes the plan kept as"):
-        done = check(folder)
+        done = forno("check", folder / "forno.yaml")
         assert done.returncode == 0, done.stderr
         assert f"forno: m 1: {told} {folder / 'cache' / 'forno' / 'tensorrt' / 'm-'}" in done.stderr
         assert ".plan, with TensorRT 11.4.0.106 for Fake H200, 132 multiprocessors, driver 13" in done.stderr
@@ -215,7 +202,7 @@ def test_check_says_what_will_be_built(folder: Path) -> None:
 def test_check_without_a_gpu_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_LIBRARY_PATH")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = check(folder)
+    done = forno("check", folder / "forno.yaml")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "there is no device 'cuda:0'" in line

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent import futures
 
 import grpc
 import numpy as np
 import pytest
 from tests.e2e.forno_server import ROOT, FornoServer
+from tests.e2e.hosts import eventually
 from tests.e2e.test_otlp import SPAN, TRACE, TRACEPARENT, Collector, attributes
 
 from forno.v1 import predictor_pb2, predictor_pb2_grpc, tensors
@@ -25,13 +25,6 @@ def collector():
     server.stop(None).wait()
 
 
-def wait_for(found, limit_s=10.0):
-    end = time.monotonic() + limit_s
-    while not found() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert found()
-
-
 @pytest.mark.parametrize("transport", ["envoy", "grpc"])
 def test_the_stages_of_a_sampled_call_arrive(collector, transport, monkeypatch):
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between exports
@@ -44,7 +37,7 @@ def test_the_stages_of_a_sampled_call_arrive(collector, transport, monkeypatch):
         stub.Predict(request, timeout=10)
         stub.Predict(request, timeout=10, metadata=[("traceparent", f"00-{TRACE}-{SPAN}-00")])
         stub.Predict(request, timeout=10, metadata=[("traceparent", TRACEPARENT)])
-        wait_for(lambda: "forno.v1.Predictor/Predict" in collector.spans())
+        eventually(lambda: "forno.v1.Predictor/Predict" in collector.spans(), 10)
         spans = collector.spans()
         call = spans["forno.v1.Predictor/Predict"]
         assert (call.trace_id.hex(), call.parent_span_id.hex()) == (TRACE, SPAN)
@@ -58,9 +51,9 @@ def test_the_stages_of_a_sampled_call_arrive(collector, transport, monkeypatch):
         if transport == "envoy":
             body = json.dumps({"text": "hello"}).encode()
             server.http("POST", "/v1/spam/detect", body, {"traceparent": TRACEPARENT})
-            wait_for(lambda: "forno.v1.Rest/Invoke" in collector.spans())
+            eventually(lambda: "forno.v1.Rest/Invoke" in collector.spans(), 10)
             assert attributes(collector.spans()["forno.v1.Rest/Invoke"])["forno.model"] == "spam"
-        wait_for(lambda: "forno_request_seconds" in collector.metrics())
+        eventually(lambda: "forno_request_seconds" in collector.metrics(), 10)
 
 
 def call_spans(collector):
