@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Watched(Counting, plans.StrictDevice):
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    made, build = Watched(), library.kernels_for
+    made, build = Watched(choose=random.Random(3).choice), library.kernels_for
     plans.installed(monkeypatch, made)
     monkeypatch.setattr(library, "kernels_for", lambda name, *more: b"for sm_90" if name == "sm_90" else build(name))
     yield made

@@ -2,6 +2,7 @@
 
 On a GPU the bytes of all images of a batch lie one after another in the slab that is copied in. A kernel makes the
 model's input of them, in memory of the device alone, and another finds the best classes: they alone are copied out.
+They run before and after what the engine enqueues, in no graph of it: what they are told differs from batch to batch.
 """
 
 from __future__ import annotations
