@@ -154,6 +154,26 @@ def test_unknown_paths_are_404_with_a_json_body(rest_server, path):
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", PREDICT, ["POST"]),
+        ("PUT", "/v1/models/add/versions/1:predict?x=1", ["POST"]),
+        ("GET", "/v1/predict", ["POST"]),
+        ("GET", "/v1/spam/detect", ["POST"]),
+        ("DELETE", "/v1/models", ["GET"]),
+        ("PATCH", "/v1/models/add/labels/old", ["GET"]),
+        ("POST", "/health", ["GET", "HEAD"]),
+        ("POST", "/metrics", ["GET"]),
+    ],
+)
+def test_a_known_path_by_a_wrong_method_is_405_and_says_what_it_takes(rest_server, method, path, allowed):
+    reply = rest_server.http(method, path)
+    assert (reply.status, reply.headers["allow"]) == (405, ", ".join(allowed))
+    message = f"this path takes {' and '.join(allowed)}, not {method}"
+    assert json.loads(reply.body) == {"code": 12, "message": message, "details": []}
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "/v1/models/../models/add:predict",
