@@ -224,7 +224,7 @@ class Loop {
       }
       Call& call = calls_[event.stream.get()];
       call.stream = event.stream;
-      call.unary = event.stream->method == 0 || event.stream->http;
+      call.unary = event.stream->method->number == 0 || event.stream->http;
       if (event.stream->http) check_split(event.message);
       if (call.unary) call.messages.emplace_back(event.message.view());
       if (event.message.bytes.size() > 65600 && !event.message.split.key.empty()) {  // can be read as numbers where it is

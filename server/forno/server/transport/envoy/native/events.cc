@@ -39,7 +39,7 @@ class Events {
         const bool hot = event.stream->replies && !event.stream->call;
         drop_replies(*event.stream);
         if (!hot) return add(event, call_of(event.stream, false));
-        return append(Py_BuildValue("(iiOi)", static_cast<int>(EventKind::kCancel), event.stream->method, Py_None, 0));
+        return append(Py_BuildValue("(iiOi)", static_cast<int>(EventKind::kCancel), event.stream->method->number, Py_None, 0));
       }
       case EventKind::kAsk:
         if (!event.stream->gone()) add(event, call_of(event.stream, true));
@@ -76,14 +76,13 @@ class Events {
   // Requests of one method that differ in nothing but their elements stand together, where they come so; those of a
   // method whose callers are asked, if they are one caller's.
   void add_hot(const StreamPtr& stream, Message message) {
-    if (!replies_ || method_ != stream->method || key_ != message.split.key || !same_caller(*stream)) {
+    if (!replies_ || first_->method != stream->method || key_ != message.split.key || !same_caller(*stream)) {
       key_ = message.split.key;
-      method_ = stream->method;
       first_ = stream;
       PyObject* replies = PyList_New(0);
       PyObject* key = replies ? bytes_of(key_) : nullptr;
       if (!key) return Py_XDECREF(replies);
-      append(Py_BuildValue("(iiNN)", kHot, method_, key, replies));
+      append(Py_BuildValue("(iiNN)", kHot, stream->method->number, key, replies));
       replies_ = replies;
     }
     PyObject* reply = good() ? make_reply(stream, std::move(message)) : nullptr;
@@ -93,10 +92,9 @@ class Events {
 
   // Whether the caller is the one of the last group. Of a stream's items that is the stream: what it may can change.
   bool same_caller(const Stream& stream) const {
-    const Methods::Method& method = methods.load(std::memory_order_acquire)->by_number[static_cast<size_t>(method_)];
-    if (!method.guarded || first_.get() == &stream) return true;
+    if (!stream.method->guarded || first_.get() == &stream) return true;
     const auto address = [](std::string_view peer) { return peer.substr(0, peer.rfind(':')); };
-    return !method.request_streaming && first_->credential == stream.credential &&
+    return !stream.method->request_streaming && first_->credential == stream.credential &&
            address(first_->peer) == address(stream.peer);
   }
 
@@ -113,7 +111,6 @@ class Events {
   PyObject* out_;
   PyObject* replies_ = nullptr;  // of the last event, borrowed; null where that is no group
   std::string key_;
-  int method_ = -1;
   StreamPtr first_;  // of that event
 };
 

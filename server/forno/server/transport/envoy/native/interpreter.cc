@@ -131,7 +131,7 @@ PyObject* call_notify_items_done(PyObject* self, PyObject*) {
 PyObject* get_pending_bytes(PyObject* self, void*) { return PyLong_FromSize_t(stream_of(self).pending_bytes()); }
 PyObject* get_replied(PyObject* self, void*) { return PyBool_FromLong(stream_of(self).replied); }
 PyObject* get_gone(PyObject* self, void*) { return PyBool_FromLong(stream_of(self).gone()); }
-PyObject* get_method(PyObject* self, void*) { return PyLong_FromLong(stream_of(self).method); }
+PyObject* get_method(PyObject* self, void*) { return PyLong_FromLong(stream_of(self).method->number); }
 PyObject* get_deadline_us(PyObject* self, void*) { return PyLong_FromLongLong(stream_of(self).deadline_us); }
 PyObject* get_credential(PyObject* self, void*) { return text(stream_of(self).credential); }
 PyObject* get_path(PyObject* self, void*) { return text(stream_of(self).path); }
@@ -196,8 +196,7 @@ PyObject* serve(PyObject*, PyObject* args) {
       delete next;
       return nullptr;
     }
-    next->by_number.push_back({static_cast<int>(i), request_streaming != 0, guarded != 0, layout});
-    next->by_path[path] = next->by_number.back();
+    next->by_path[path] = {static_cast<int>(i), request_streaming != 0, guarded != 0, layout};
   }
   set_fail_hook(fail);
   methods.store(next, std::memory_order_release);
@@ -212,8 +211,8 @@ PyObject* forget_callers(PyObject*, PyObject*) {
 PyMethodDef module_methods[] = {
     {"serve", serve, METH_VARARGS,
      "Opens the doors: ([(path, request_streaming, guarded, layout)], max_message_bytes, max_inbox_bytes, max_items,\n"
-     "max_message_s, fail) -> descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests are not to be split.\n"
-     "`fail` is called with a Reply and an error, or a size that is over the limit."},
+     "max_message_s, fail) -> descriptor to watch. A layout has the numbers of split.h's Layout; all 0 where requests\n"
+     "are not to be split. `fail` is called with a Reply and an error, or a size that is over the limit."},
     {"take", take, METH_NOARGS,
      "All events that wait: [(kind, Call, message or None, compressed)], but (HOT, method, key, [Reply]),\n"
      "(HTTP, Call, body, None or (key, counts, numbers)), and\n"

@@ -36,7 +36,7 @@ bool corked = false;
 std::vector<StreamPtr>& uncommitted = *new std::vector<StreamPtr>;
 
 Reply* reply_of(PyObject* self) { return reinterpret_cast<Reply*>(self); }
-const Layout& layout_of(const Reply& reply) { return methods.load(std::memory_order_acquire)->by_number[static_cast<size_t>(reply.method)].layout; }
+const Layout& layout_of(const Reply& reply) { return reply.stream->method->layout; }
 
 void link(Reply* reply) {
   Stream& stream = *reply->stream;
@@ -318,7 +318,7 @@ PyObject* make_reply(const StreamPtr& stream, Message message) {
   if (!reply) return nullptr;
   new (&reply->stream) StreamPtr(stream);
   new (&reply->message) Message(std::move(message));
-  reply->method = stream->method;
+  reply->method = stream->method->number;
   reply->expires_us = stream->deadline_us < 0 ? kNeverUs : stream->deadline_us;
   reply->is_item = layout_of(*reply).item_request != 0;
   reply->done = false;

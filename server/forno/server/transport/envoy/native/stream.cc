@@ -74,10 +74,9 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   methods_ = methods;
   const auto found = methods->by_path.find(http ? *route : path);
   if (found == methods->by_path.end()) return refuse(filter, kUnimplemented, "no such method: " + path);
-  method_ = &found->second;
-  method = method_->number;
+  method = &found->second;
   // An Envoy before this one, or a route with a limit, gives calls without a deadline this one. Envoy keeps it.
-  const bool of_envoy = !method_->request_streaming && timeout / 1000 == methods_->max_message_us / 1000;
+  const bool of_envoy = !method->request_streaming && timeout / 1000 == methods_->max_message_us / 1000;
   if (timeout >= 0 && !of_envoy) deadline_us = now_us() + timeout;
   Buffer address{nullptr, 0};
   if (envoy_dynamic_module_callback_http_filter_get_attribute_string(filter, kSourceAddress, &address)) {
@@ -87,7 +86,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
     std::lock_guard<std::mutex> lock(mutex_);
     scheduler_ = envoy_dynamic_module_callback_http_filter_scheduler_new(filter);
   }
-  if (method_->request_streaming) {
+  if (method->request_streaming) {
     // What is left in Envoy's buffer; otherwise a stream might fill as much as the largest message.
     envoy_dynamic_module_callback_http_set_buffer_limit(filter, methods_->max_inbox_bytes);
     announced_ = true;
@@ -95,7 +94,7 @@ void Stream::on_headers(void* filter, const Methods* methods, bool end) {
   }
   if (http) begin_http(type, length, timeout_ms);
   if (end) return finish_request(filter);
-  if (method_->guarded && !announced_ && !callers().knows(method, credential)) {
+  if (method->guarded && !announced_ && !callers().knows(method->number, credential)) {
     asked_ = true;
     // The transcoder takes this for its own limit, and gives us nothing before it has all.
     if (!transcoded) envoy_dynamic_module_callback_http_set_buffer_limit(filter, kUnknownBytes);
@@ -110,7 +109,7 @@ int Stream::on_body(void* filter, bool end) {
     ended_in_envoy_ = end;
     return kStopBodyAndWatermark;
   }
-  if (method_->request_streaming) {
+  if (method->request_streaming) {
     bool full;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -122,10 +121,7 @@ int Stream::on_body(void* filter, bool end) {
       ended_in_envoy_ = end;
       return kStopBodyAndWatermark;
     }
-    if (left_in_envoy_) {
-      begun_us_ = 0;  // it was we who did not read
-      take_body(filter, kBufferedRequestBody);
-    }
+    if (left_in_envoy_) take_body(filter, kBufferedRequestBody);
   }
   take_body(filter, kReceivedRequestBody);
   take_in(filter, end);
@@ -142,7 +138,10 @@ void Stream::take_in(void* filter, bool end) {
 }
 
 void Stream::take_body(void* filter, int type) {
-  if (type == kBufferedRequestBody) left_in_envoy_ = false;
+  if (type == kBufferedRequestBody) {
+    left_in_envoy_ = false;
+    begun_us_ = 0;  // it was we who did not read
+  }
   const size_t count = envoy_dynamic_module_callback_http_get_body_chunks_size(filter, type);
   if (!count) return;
   std::vector<Buffer> chunks(count);
@@ -178,12 +177,12 @@ void Stream::append_body(const Buffer& chunk) {
 // How many bytes are to stand before a large request so that the elements of its first tensor lie where they can be read
 // as numbers, and need not be copied for that.
 size_t Stream::gap_before(std::string_view beginning) const {
-  if (!method_->layout.tensors || method_->request_streaming) return 0;
-  const size_t at = first_elements_at(beginning.substr(kPrefixBytes), method_->layout);
+  if (!method->layout.tensors || method->request_streaming) return 0;
+  const size_t at = first_elements_at(beginning.substr(kPrefixBytes), method->layout);
   return at ? (kAlignment - (kPrefixBytes + at) % kAlignment) % kAlignment : 0;
 }
 
-// Hands whole messages of a streaming call to the loop, and checks limits of any call. False when the call has been refused.
+// Hands whole messages of a streaming call to the loop, and checks limits of any call. False when that has been refused.
 bool Stream::split_messages(void* filter) {
   std::vector<Event> events;
   size_t at = body_begin_, taken_bytes = 0;
@@ -203,7 +202,7 @@ bool Stream::split_messages(void* filter) {
       break;
     }
     const size_t come = body_.size() - at - kPrefixBytes;
-    if (!method_->request_streaming && come >= length) {
+    if (!method->request_streaming && come >= length) {
       if (come == length) return true;  // handed over once the request ends
       code = kInternal;
       reason = "the request body goes on after its one gRPC message";
@@ -235,14 +234,14 @@ bool Stream::split_messages(void* filter) {
 
 Message Stream::message_of(std::string bytes, size_t begin, bool compressed) const {
   Message message{std::move(bytes), begin, compressed, {}};
-  if (method_->layout.tensors && !compressed) message.split = split_request(message.view(), method_->layout);
+  if (method->layout.tensors && !compressed) message.split = split_request(message.view(), method->layout);
   return message;
 }
 
 void Stream::finish_request(void* filter) {
   if (http) return finish_http(filter);
   request_ended_ = true;
-  if (method_->request_streaming) {
+  if (method->request_streaming) {
     if (!body_.empty()) return refuse(filter, kInternal, "the request stream ends inside a message");
     inbox_.push({EventKind::kHalfClose, shared_from_this(), {}});
     return;
@@ -300,7 +299,6 @@ void Stream::on_scheduled(void* filter) {
 void Stream::resume(void* filter) {
   asked_ = false;
   if (left_in_envoy_) {
-    begun_us_ = 0;  // it was we who did not read
     take_body(filter, kBufferedRequestBody);
     take_in(filter, ended_in_envoy_);
   } else if (ended_in_envoy_) {

@@ -82,7 +82,6 @@ struct Methods {
     Layout layout{};  // of a hot method's requests; without tensors for others
   };
   std::unordered_map<std::string, Method> by_path;
-  std::vector<Method> by_number;
   size_t max_message_bytes = 0;
   size_t max_inbox_bytes = 0;  // of one streaming call; above it Envoy stops reading from the client
   int64_t max_message_us = 0;  // of one call: how long a message may take from its first byte to its last
@@ -131,7 +130,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   // Set before the first event; constant afterwards.
   bool http = false;  // a REST call that came as it is, past the transcoder: no gRPC in either direction
-  int method = -1;
+  const Methods::Method* method = nullptr;
   int64_t deadline_us = -1;  // CLOCK_MONOTONIC; -1 without one
   std::string path;
   std::string content_type;  // of an HTTP call
@@ -173,7 +172,6 @@ class Stream : public std::enable_shared_from_this<Stream> {
 
   // Worker only.
   const Methods* methods_ = nullptr;
-  const Methods::Method* method_ = nullptr;
   bool refused_ = false;
   bool request_ended_ = false;
   bool announced_ = false;  // the loop knows this call

@@ -23,7 +23,7 @@ void Stream::begin_http(std::string_view type, std::string_view length, std::str
   const int64_t timeout = timeout_ms_us(timeout_ms);
   if (timeout > 0) deadline_us = deadline_us < 0 ? now_us() + timeout : std::min(deadline_us, now_us() + timeout);
   // What is wrong with a timeout the servicer says, on the ordinary way.
-  if (method_->layout.tensors && (timeout > 0 || timeout_ms.empty())) {
+  if (method->layout.tensors && (timeout > 0 || timeout_ms.empty())) {
     json_ = std::make_unique<JsonSplitter>(path + '\n' + content_type + '\n');
   }
 }

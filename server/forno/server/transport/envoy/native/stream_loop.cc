@@ -94,7 +94,7 @@ void Stream::reply(const Piece* pieces, size_t count) {
   replied = true;
   std::lock_guard<std::mutex> lock(mutex_);
   if (gone_ || answered_) return;
-  answered_ = !method_->request_streaming;
+  answered_ = !method->request_streaming;
   std::string& out = answered_ ? reply_ : room_locked(kPrefixBytes + size);
   if (out.empty()) out.reserve(kPrefixBytes + size);
   out.append(prefix, kPrefixBytes);
@@ -104,7 +104,7 @@ void Stream::reply(const Piece* pieces, size_t count) {
 void Stream::commit() { schedule(std::unique_lock<std::mutex>(mutex_)); }
 
 void Stream::let_in(bool remember) {
-  if (remember) callers().add(method, credential);
+  if (remember) callers().add(method->number, credential);
   std::unique_lock<std::mutex> lock(mutex_);
   want_resume_ = true;
   schedule(std::move(lock));
