@@ -26,7 +26,7 @@ _DESCRIBING = ("/forno.v1.Predictor/GetModel", "/forno.v1.Predictor/ListModels")
 _WORK = [path for path, need in NEEDS.items() if need == LOOKUP and path not in _DESCRIBING]
 _REFUSED = "forno.refused_percent"  # of work; a value in Envoy's runtime, which `HeapWatch` changes
 _FULL_PERCENT = 95
-_LOOK_S = 0.25
+_LOOK_S = 0.25  # how often Envoy measures its memory, and we ask
 _HEAP = "envoy.resource_monitors.fixed_heap"
 _MONITORS = f"{TYPES}.extensions.resource_monitors"
 _OTHER_FILES = 256  # what is open beside connections: models, logs, sockets of our own
@@ -89,7 +89,7 @@ def render(max_connections: int, max_heap_bytes: int) -> dict[str, Any]:
         return {"resource_monitors": monitors}
     heap = {"@type": f"{_MONITORS}.fixed_heap.v3.FixedHeapConfig", "max_heap_size_bytes": max_heap_bytes}
     return {
-        "refresh_interval": "0.25s",
+        "refresh_interval": f"{_LOOK_S}s",
         "resource_monitors": [*monitors, {"name": _HEAP, "typed_config": heap}],
         # Not Envoy's own `stop_accepting_requests`, which refuses health checks too: whoever looks after a full server
         # would take it for a dead one.

@@ -114,14 +114,16 @@ def bounded(routes: list[dict[str, Any]], max_call_s: float) -> list[dict[str, A
     def leads(match: dict[str, Any], path: str) -> bool:
         return match.get("path") == path or path.startswith(match.get("prefix", "?"))
 
+    def exactly(match: dict[str, Any], path: str) -> dict[str, Any]:
+        return {key: value for key, value in match.items() if key != "prefix"} | {"path": path}
+
     silent = {"idle_timeout": f"{MAX_STREAM_S}s", "max_stream_duration": _duration(0, MAX_STREAM_S)}
-    lasting: list[dict[str, Any]] = []
-    for path in LASTING:
-        for usual in routes:
-            if "route" in usual and leads(usual["match"], path):
-                match = {key: value for key, value in usual["match"].items() if key != "prefix"} | {"path": path}
-                if all(match != earlier["match"] for earlier in lasting):
-                    lasting.append({**usual, "match": match, "route": usual["route"] | silent})
+    lasting = [
+        {**usual, "match": exactly(usual["match"], path), "route": usual["route"] | silent}
+        for path in LASTING
+        for usual in routes
+        if "route" in usual and leads(usual["match"], path)
+    ]
     limit = {"max_stream_duration": _duration(max_call_s, max_call_s)}
     return [*lasting, *({**one, "route": limit | one["route"]} if "route" in one else one for one in routes)]
 
