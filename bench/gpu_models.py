@@ -157,7 +157,12 @@ SUBJECTS = {
         lambda: _half("resnet50"),
         _whole((224, 224, 3), "u1", 256),
         _floats(_SIZE, "f2"),
-        {**_IMAGES, "engine": "tensorrt", "cuda": {"graphs": True}},
+        {
+            **_IMAGES,
+            "engine": "tensorrt",
+            "cuda": {"graphs": True},
+            "padding": {"allowed_rows": [2**n for n in range(8)]},
+        },
     ),
     "minilm": Subject(
         lambda: _encoder("minilm", layers=6, width=384, heads=12, tokens=128, vocabulary=30522),
