@@ -18,7 +18,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-install soak fuzz check deploy-tools sanitize gpu-check format proto bench install clean
+.PHONY: help run test test-all test-install test-tensorrt soak fuzz check deploy-tools sanitize gpu-check format proto bench install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-all: install  ## all tests, the slow ones included
 
 test-install: $(STAMP)  ## the wheel in a fresh environment with the newest of what it needs, serving and called
 	@PYTHONPATH=. $(BIN)/python tools/try_install.py
+
+test-tensorrt: $(STAMP)  ## what is called of TensorRT against NVIDIA's wheels of several releases; needs no GPU
+	@$(BIN)/python tools/try_tensorrt.py
 
 soak: $(STAMP)  ## only the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(TESTS)
@@ -58,6 +61,9 @@ fuzz: $(STAMP)  ## 200,000 malformed inputs against a real server; the outcome i
 
 sanitize:  ## the native module's streams under address, undefined-behaviour and thread sanitizers
 	@bash tools/sanitize.sh
+
+gpu-check:  ## on a machine with a GPU, all that only one can show: tests, compute-sanitizer, figures
+	@bash tools/gpu_check.sh
 
 proto: install  ## generate the stubs and the transcoder's descriptor set anew
 	@$(BIN)/python tools/generate.py

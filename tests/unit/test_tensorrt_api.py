@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,9 @@ def answers(module: str, names: list[str], path: Path | None) -> dict[str, Any]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    yield plans.installed(monkeypatch)
+    """The fake, of the release whose bindings are there."""
+    releases = [each.version for each in distributions() if each.name.replace("-", "_") == "tensorrt_cu13_bindings"]
+    yield plans.installed(monkeypatch, version=(releases or ["11.4.0.106"])[0])
     plans.uninstalled()
 
 
