@@ -121,6 +121,10 @@ def close(got: Any, want: Any) -> None:
         (resized, lambda: normal(3, 1, 4, 4)),
         (lambda _: SUBJECTS["small-minilm"].path(), lambda: SUBJECTS["small-minilm"].rows(3)),
         (lambda _: SUBJECTS["small-uint8"].path(), lambda: SUBJECTS["small-uint8"].own_rows(3)),
+        pytest.param(lambda _: SUBJECTS["minilm"].path(), lambda: SUBJECTS["minilm"].rows(2), marks=pytest.mark.slow),
+        pytest.param(
+            lambda _: SUBJECTS["resnet50"].path(), lambda: SUBJECTS["resnet50"].rows(2), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_answers_stay(tmp_path: Path, make: Callable[[Path], Path], rows: Callable[[], Any]) -> None:

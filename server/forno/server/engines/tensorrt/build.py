@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from forno.server.config import ModelSettings
     from forno.server.engines.tensorrt.cache import Relative
     from forno.server.engines.tensorrt.library import Library
+    from forno.server.engines.tensorrt.structure import Structure
 
 log = logging.getLogger("forno.engine.tensorrt")
 
@@ -70,21 +72,25 @@ class Plans:
         library.converts(settings.tensorrt.precision)
         if settings.tensorrt.refit:
             library.check_refit()
-        self._structure = structure_of(model) if settings.tensorrt.refit else None
         self.path = self._cache.plan_of(model, self._options)
 
     def __str__(self) -> str:
-        relative = self._relative()
         if self.path.is_file():
             what = "takes the plan kept as"
-        elif relative is not None:
+        elif not self._options["refit"]:
+            what = "builds a plan, to be kept as"
+        elif (relative := self._relative()) is not None:
             what = f"puts its weights, of which {len(relative.changed)} differ, into {relative.plan}, to be kept as"
         else:
-            what = "builds a plan, to be kept as"
+            what = "builds a plan, since none of its structure is kept, to be kept as"
         return f"{what} {self.path}, with TensorRT {self._library.version} for {self._device.description}"
 
+    @cached_property
+    def _structure(self) -> Structure:
+        return structure_of(self._model)  # reads all of it
+
     def _relative(self) -> Relative | None:
-        return self._cache.relative_of(self._structure, self._options) if self._structure else None
+        return self._cache.relative_of(self._structure, self._options) if self._options["refit"] else None
 
     def ready(self, builder: Sequence[str] = BUILDER) -> Path:
         """The plan, which is made where it is not kept: of a relative, or else built.
@@ -119,7 +125,7 @@ class Plans:
                 relative = self._relative()
                 if relative is None or not self._refitted(builder, unfinished, relative):
                     self._build(builder, unfinished)
-                    if self._structure:
+                    if self._options["refit"]:
                         self._cache.note(self.path, self._structure, self._options)
                 unfinished.replace(self.path)
         return self.path
@@ -134,14 +140,9 @@ class Plans:
         return True
 
     def _build(self, builder: Sequence[str], unfinished: Path, relative: Relative | None = None) -> None:
-        changed = relative.changed if relative else frozenset[str]()
-        folded = changed & self._structure.folded if self._structure else changed
         job = {
             **self._options,
-            "relative": str(relative.plan) if relative else None,
-            "changed": sorted(changed),
-            "folded": sorted(folded),
-            "foldings": self._structure.foldings if self._structure else 0,
+            "relative": relative.told() if relative else None,
             "model": str(self._model),
             "plan": str(unfinished),
             "timings": str(self._cache.timings),

@@ -45,10 +45,19 @@ class Relative:
     Args:
         plan: The plan.
         changed: The weights that differ.
+        folded: Those of them that batch normalizations take, of which TensorRT makes others.
+        foldings: How many batch normalizations there are of which it does.
     """
 
     plan: Path
     changed: frozenset[str]
+    folded: frozenset[str]
+    foldings: int
+
+    def told(self) -> dict[str, Any]:
+        """What the process that builds is told of it."""
+        changed, folded = sorted(self.changed), sorted(self.folded)
+        return {"plan": str(self.plan), "changed": changed, "folded": folded, "foldings": self.foldings}
 
 
 class PlanCache:
@@ -94,8 +103,8 @@ class PlanCache:
             return None
         if not plan.is_file() or weights.keys() != structure.weights.keys():
             return None
-        changed = [name for name, digest in structure.weights.items() if weights[name] != digest]
-        return Relative(plan, frozenset(changed))
+        changed = frozenset([name for name, digest in structure.weights.items() if weights[name] != digest])
+        return Relative(plan, changed, changed & structure.folded, structure.foldings)
 
     def note(self, plan: Path, structure: Structure, options: dict[str, Any]) -> None:
         """Notes what a plan was built of, for `relative_of`."""

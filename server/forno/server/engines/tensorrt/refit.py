@@ -31,8 +31,7 @@ def refit(job: dict[str, Any], found: Library) -> dict[str, Any]:
     """Makes the plan of a job from its relative.
 
     Args:
-        job: `model`, `plan` and `relative`, paths; `changed`, the weights that differ; `folded`, those of them that
-            batch normalizations take, and `foldings`, how many of these there are; `version_compatible`.
+        job: `model` and `plan`, paths; `relative`, see `cache.Relative`; `version_compatible`.
         found: TensorRT.
 
     Returns:
@@ -42,7 +41,7 @@ def refit(job: dict[str, Any], found: Library) -> dict[str, Any]:
         ConfigError: The plan does not take the weights of this model.
     """
     logger = found.new_logger()
-    kept = Path(job["relative"])
+    relative, kept = job["relative"], Path(job["relative"]["plan"])
     runtime = found.module.Runtime(logger)
     if job["version_compatible"]:
         runtime.engine_host_code_allowed = True
@@ -53,7 +52,7 @@ def refit(job: dict[str, Any], found: Library) -> dict[str, Any]:
     if not engine.refittable:
         raise ConfigError(f"{kept} takes no weights: it was built without tensorrt.refit")
     refitter = found.module.Refitter(engine, logger)
-    _check(kept, job, refitter.get_all_weights())
+    _check(kept, relative, refitter.get_all_weights())
     parser = found.module.OnnxParserRefitter(refitter, logger)  # holds the weights until they are in the plan
     if not parser.refit_from_file(job["model"]):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -69,19 +68,19 @@ def refit(job: dict[str, Any], found: Library) -> dict[str, Any]:
         raise ConfigError(f"TensorRT cannot write {kept} with other weights: {logger.taken()}")
     view = memoryview(plan)
     keep(Path(job["plan"]), view)
-    return {"bytes": view.nbytes, "weights": len(job["changed"])}
+    return {"bytes": view.nbytes, "weights": len(relative["changed"])}
 
 
-def _check(kept: Path, job: dict[str, Any], replaceable: list[str]) -> None:
+def _check(kept: Path, relative: dict[str, Any], replaceable: list[str]) -> None:
     """Refuses where a weight that differs has become part of the plan: it would answer by the old one's value."""
     taken = set(replaceable)
     made = sum(name.startswith(_MADE) for name in replaceable)
-    if made >= _FOLDED_INTO * job["foldings"]:
-        taken |= set(job["folded"])
-    fixed = set(job["changed"]) - taken
+    if made >= _FOLDED_INTO * relative["foldings"]:
+        taken |= set(relative["folded"])
+    fixed = set(relative["changed"]) - taken
     if fixed:
         raise ConfigError(
-            f"{kept} does not take all of the {len(job['changed'])} weights that differ: "
+            f"{kept} does not take all of the {len(relative['changed'])} weights that differ: "
             f"{_named(fixed)} became part of it when it was built"
         )
 
