@@ -57,13 +57,9 @@ def serve_inside(
     )
     signals = _Signals()
     try:
-        envoy.start(
-            supervisor.interpreter_environment(),
-            keep=[theirs.fileno()],
-        )
+        envoy.start(supervisor.interpreter_environment(), keep=[theirs.fileno()])
         theirs.close()
-        with contextlib.suppress(OSError):  # it has ended already, which is seen to later
-            ours.sendall(supervisor.packed({"config": config, "specs": specs, "address": str(address), "rest": True}))
+        _tell(ours, supervisor.packed({"config": config, "specs": specs, "address": str(address), "rest": True}))
         return _supervise(config, envoy, ours, signals, read)
     finally:
         signals.restore()
@@ -96,7 +92,7 @@ def _supervise(
                     continue
                 if draining_until is not None:
                     return 130, "stopped at once by a second signal"
-                control.sendall(b"drain\n")
+                _tell(control, b"drain\n")
                 envoy.stop_listening()
                 draining_until = time.monotonic() + drain_s + 5.0
                 continue
@@ -130,9 +126,13 @@ def _reload(control: socket.socket, read: Read, drain_s: float) -> float:
         return drain_s
     logs.configure(config.server.log_level, config.server.log_format)
     data = pickle.dumps((config, specs), pickle.HIGHEST_PROTOCOL)
-    with contextlib.suppress(OSError):  # it has ended, which is seen to elsewhere
-        control.sendall(b"reload %d\n" % len(data) + data)
+    _tell(control, b"reload %d\n" % len(data) + data)
     return float(config.server.drain_s)
+
+
+def _tell(control: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # it has ended, which `_supervise` sees
+        control.sendall(data)
 
 
 def _receive(control: socket.socket) -> bytes:
