@@ -242,6 +242,23 @@ def test_processes_take_turns_and_build_once(bench: Bench, caplog: Any) -> None:
     assert sum("waits for another process" in record.message for record in caplog.records) == 2
 
 
+def test_plans_that_were_not_used_for_long_make_room(bench: Bench, tmp_path: Path, caplog: Any) -> None:
+    models = [
+        onnx_models.one(tmp_path / f"{name}.onnx", name, 1, ["n", 4]) for name in ("Relu", "Tanh", "Sqrt", "Ceil")
+    ]
+    kept = [bench.plans(model).ready() for model in models[:3]]
+    for plan in kept:  # used in the order in which they were made, and the first once more
+        bench.plans(models[kept.index(plan)]).ready()
+    bench.plans(models[0]).ready()
+    limit_bytes = sum(plan.stat().st_size for plan in kept)
+    with caplog.at_level("INFO", "forno.engine.tensorrt"):
+        kept.append(bench.plans(models[3], tensorrt={"cache_limit_bytes": limit_bytes}).ready())
+    assert [plan.is_file() for plan in kept] == [True, False, True, True]
+    assert f"{kept[1]} is removed: plans may have tensorrt.cache_limit_bytes = {limit_bytes}" in caplog.text
+    bench.plans(models[1], tensorrt={"cache_limit_bytes": 1}).ready()
+    assert [plan.is_file() for plan in kept] == [False, True, False, False]  # the new one stays in any case
+
+
 def test_a_kept_plan_that_is_damaged_is_built_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "open_device", lambda name, ordinal: bench.device)
     settings = ModelSettings(engine="tensorrt", tensorrt={"cache_dir": bench.folder})

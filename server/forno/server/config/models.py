@@ -219,6 +219,9 @@ class TensorrtSettings(Settings):
     cache_dir: Path | None = None
     """Folder where plans that were built are kept, and what the builder has measured; unset = `forno/tensorrt` in the
     user's cache. Relative to the working directory."""
+    cache_limit_bytes: Annotated[int, Field(strict=True, ge=0)] = 64 << 30
+    """Most bytes of plans in that folder: after each new one, those that were unused for the longest time are removed.
+    0 = no limit."""
     build_limit_s: Annotated[int, Field(strict=True, ge=1, le=7 * 86_400)] = 3600
     """Longest time that a build may take, in seconds; then it is ended, and the model cannot be loaded."""
 

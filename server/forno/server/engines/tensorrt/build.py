@@ -63,6 +63,7 @@ class Plans:
     ) -> None:
         self._model = model
         self._limit_s = settings.tensorrt.build_limit_s
+        self._limit_bytes = settings.tensorrt.cache_limit_bytes
         self._library = library
         self._device = device
         self._stopping = stopping
@@ -104,6 +105,7 @@ class Plans:
         """
         if self.path.is_file():
             log.info("%s: %s", self._model, self)
+            self._cache.use(self.path)
             return self.path
         if not self._library.builds:
             raise ConfigError(
@@ -128,10 +130,12 @@ class Plans:
                     if self._options["refit"]:
                         self._cache.note(self.path, self._structure, self._options)
                 unfinished.replace(self.path)
+                self._cache.trim(self._limit_bytes, self.path)
         return self.path
 
     def _refitted(self, builder: Sequence[str], unfinished: Path, relative: Relative) -> bool:
         """Whether the plan could be made of a relative."""
+        self._cache.use(relative.plan)
         try:
             self._build(builder, unfinished, relative)
         except ConfigError as error:

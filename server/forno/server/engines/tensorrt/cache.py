@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from forno.server.engines.tensorrt.library import Library
     from forno.server.engines.tensorrt.structure import Structure
 
-_FORMAT = (
-    1  # of what is told of a build, and of how models are converted; another number makes all kept plans strangers
-)
+log = logging.getLogger("forno.engine.tensorrt")
+
+_FORMAT = 1
+"""Of what is told of a build, and of how models are converted; another number makes all kept plans strangers."""
 _POLL_S = 0.2
 _UNFINISHED = ".building-"
 
@@ -148,6 +150,31 @@ class PlanCache:
                 yield self._folder / f"{_UNFINISHED}{os.getpid()}"
             finally:
                 self._remove_unfinished()
+
+    def use(self, plan: Path) -> None:
+        """Notes that a plan is used, for `trim`. Where the folder cannot be written to, nothing is noted."""
+        with suppress(OSError):
+            os.utime(plan, ns=(time.time_ns(), plan.stat().st_mtime_ns))
+
+    def trim(self, limit_bytes: int, made: Path) -> None:
+        """Removes the plans that were not used for the longest time, while all have more than so many bytes.
+
+        Args:
+            limit_bytes: 0 = no limit.
+            made: Is kept in any case.
+        """
+        plans = {}
+        for path in self._folder.glob("*.plan"):
+            with suppress(FileNotFoundError):  # a process that builds for another GPU removes some too
+                plans[path] = path.stat()
+        held_bytes = sum([each.st_size for each in plans.values()])
+        for path in sorted(plans, key=lambda path: plans[path].st_atime_ns):
+            if not limit_bytes or held_bytes <= limit_bytes:
+                return
+            if path != made:
+                path.unlink(missing_ok=True)
+                held_bytes -= plans[path].st_size
+                log.info("%s is removed: plans may have tensorrt.cache_limit_bytes = %d", path, limit_bytes)
 
     def _remove_unfinished(self) -> None:
         """Removes what processes that were killed have left: whoever calls this has the turn, and nobody builds."""
