@@ -38,7 +38,7 @@ print(json.dumps({"version": module.__version__, "names": names}))
 """
 _RUNS = {"DataType", "ExecutionContextAllocationStrategy", "ICudaEngine", "IExecutionContext", "ILogger",
          "IOutputAllocator", "Runtime", "TensorIOMode", "TensorLocation"}  # fmt: skip
-_OURS = {"ILogger.tell", "ICudaEngine.take"}  # the fake's own
+_OURS = {"ICudaEngine.take", "ILogger.tell"}  # the fake's own
 _MADE = {"Builder", "OnnxParser", "OnnxParserRefitter", "Refitter", "Runtime"}  # by whoever uses TensorRT
 
 

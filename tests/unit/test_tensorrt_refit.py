@@ -296,6 +296,11 @@ def test_the_fake_refuses_what_the_real_one_does_not_survive(bench: Bench, tmp_p
     log = library.find().new_logger()
     with attached(bench.device):
         engine = module.Runtime(log).deserialize_cuda_engine(built.read_bytes())
+        refitter = module.Refitter(engine, log)
+        assert not module.OnnxParserRefitter(refitter, log).refit_from_file(str(bench.model))  # another one's weights
+        module.OnnxParserRefitter(refitter, log).refit_from_file(str(tmp_path / "1.onnx"))
+        with pytest.raises(module.Undefined, match="weights whose parser is gone"):
+            refitter.refit_cuda_engine()
         engine.under_way = 1
         with pytest.raises(module.Undefined, match="work under way"):
             module.Refitter(engine, log).refit_cuda_engine()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import weakref
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class Refitter:
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._engine, self._logger = engine, logger
         self._set: dict[str, Any] = {}
+        self.owner: Any = None  # of the weights that were set: real ones are not copied
 
     def get_all_weights(self) -> list[str]:
         return list(self._engine.told["weights"])
@@ -59,8 +61,12 @@ class Refitter:
 
     def set_named_weights(self, name: str, weights: Any) -> bool:
         was = {each.name: each for each in onnx.load_from_string(self._engine.model).graph.initializer}
-        if name not in self.get_all_weights() or (name in was and list(was[name].dims) != list(weights.shape)):
+        if name not in self.get_all_weights():
             return False
+        if name in was:
+            value = numpy_helper.to_array(was[name])
+            if (value.shape, value.dtype) != (weights.shape, weights.dtype):
+                return False
         self._set[name] = weights
         return True
 
@@ -68,6 +74,8 @@ class Refitter:
         trt.need_device()
         if self._engine.under_way:
             raise trt.Undefined("a refit while the engine has work under way")
+        if self.owner is not None and self.owner() is None:
+            raise trt.Undefined("weights whose parser is gone")
         if self.get_missing_weights():
             self._logger.tell("refitCudaEngine: weights are missing")
             return False
@@ -104,6 +112,7 @@ class OnnxParserRefitter:
         values = {name: value for name, value in given.items() if name in wanted}
         for weights, names in folded(graph):
             values |= {name: np.stack([given[each] for each in weights]) for name in names if name in wanted}
+        self._refitter.owner = weakref.ref(self)
         for name, value in values.items():
             if not self._refitter.set_named_weights(name, value):
                 return self._failed("Failed to set named weights")
