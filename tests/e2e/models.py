@@ -35,7 +35,7 @@ def make_repository(folder: Path) -> Path:
     - fixed: y = 2x for one [2, 2] matrix, no batch axis
     - whole: y = x + 1, int64 rows of any length
     - words: y = x, strings
-    - pick: y = table[x], ten entries; an index out of range fails in the engine
+    - pick: y = table[x], ten entries; an index out of range fails in the engine; requests wait a little for each other
     - mean: y = x - mean(x over axis 0): a free first axis that does not count rows
     - slow: the null engine, 0.3 s a run
     - narrow: as slow, one row a run and one that may wait
@@ -88,6 +88,7 @@ def make_repository(folder: Path) -> Path:
         [("y", FLOAT, ["n"])],
         [("table", np.arange(10, dtype=np.float32))],
     )
+    (folder / "pick" / "model.yaml").write_text("batching: {max_delay_us: 20000}\n")
     _save(
         folder / "mean",
         "1",

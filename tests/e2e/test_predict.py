@@ -372,6 +372,17 @@ def test_a_failed_run_says_so_and_fails_nobody_else(server):
     assert output(stub(server).Predict(request("pick", {"x": np.array([7])}), timeout=10)).tolist() == [7]
 
 
+def test_who_runs_together_with_a_request_that_fails_is_answered_all_the_same(server):
+    for _ in range(20):
+        asked = [np.array([index]) for index in (1, 99, 2, 3)]
+        calls = [stub(server).Predict.future(request("pick", {"x": each}), timeout=10) for each in asked]
+        assert [call.code() for call in calls].count(grpc.StatusCode.INTERNAL) == 1
+        assert [output(calls[at].result()).tolist() for at in (0, 2, 3)] == [[1], [2], [3]]
+        if "requests failed to run together" in server.output():
+            return
+    pytest.fail("they never ran together")
+
+
 def test_overload_is_refused_at_once_with_a_hint(server):
     calls = [stub(server).Predict.future(request("narrow", {"x": row(1, 2)}), timeout=10) for _ in range(8)]
     outcomes = [call.exception() for call in calls]

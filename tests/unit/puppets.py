@@ -70,8 +70,10 @@ class PuppetEngine:
     def __init__(self, *, gated: bool = False, shape: tuple[int, ...] = (-1, -1)) -> None:
         spec = TensorSpec("x", np.dtype(np.int64), shape)
         self.signature = Signature((spec,), (spec,), batched=True)
-        self.runs: list[Array] = []
+        self.runs: list[Array] = []  # that did not fail
+        self.failed_runs: list[Array] = []
         self.fails = 0  # so many next runs
+        self.poison: int | None = None  # fails every run with such a row
         self.closed = 0
         self.threads: set[int] = set()
         self.after: Callable[[], None] = lambda: None
@@ -90,11 +92,12 @@ class PuppetEngine:
         (x,) = slot.inputs
         assert x.shape[0] == rows
         self.threads.add(threading.get_ident())
-        self.runs.append(x.copy())
         self.after()
-        if self.fails:
-            self.fails -= 1
+        if self.fails or (self.poison is not None and self.poison in x):
+            self.fails -= min(self.fails, 1)
+            self.failed_runs.append(x.copy())
             raise RuntimeError("secret internals")
+        self.runs.append(x.copy())
         return [x + 1]
 
     def settle(self, *, small: bool) -> bool:

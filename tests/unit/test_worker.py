@@ -13,7 +13,7 @@ from tests.unit.puppets import PATIENCE_S, request
 from tests.unit.workbench import Bench, rows_of
 
 from forno.server.errors import DeadlineExceeded, EngineFailed, FornoError, InvalidArgument, NotReady
-from forno.server.worker import _split
+from forno.server.request import Batch
 
 
 def test_requests_of_one_pass_run_together_on_the_loop():
@@ -165,10 +165,10 @@ def test_a_batch_closes_by_itself_after_the_delay():
 
 def test_a_failed_run_fails_its_requests_alone_and_hides_why(caplog):
     with Bench(max_rows=2) as bench:
-        bench.engine.fails = 1
+        bench.engine.fails = 3  # together, and each alone
         waiting = [bench.submit(number) for number in range(3)]
         with caplog.at_level(logging.ERROR, "forno.model"):
-            bench.loop.turn()
+            bench.loop.turn(2)
         errors = [each.future.exception() for each in waiting[:2]]
         assert all(isinstance(error, EngineFailed) and "secret" not in str(error) for error in errors)
         log_id = re.search(r"[0-9a-f]{8}$", str(errors[0]))
@@ -176,7 +176,63 @@ def test_a_failed_run_fails_its_requests_alone_and_hides_why(caplog):
         assert log_id[0] in caplog.text
         assert "secret internals" in caplog.text
         assert waiting[2].future.result() == rows_of(2)
-        assert [batch[-1] for batch in bench.metrics.batches] == [True, False]
+        assert [batch[-1] for batch in bench.metrics.batches] == [True, True, False]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_one_request_that_cannot_run_does_not_fail_those_that_ran_with_it(threaded, caplog):
+    with Bench(threaded=threaded) as bench, caplog.at_level(logging.WARNING, "forno.model"):
+        bench.engine.poison = 20
+        waiting = [bench.submit(number, rows=1 + number % 2) for number in range(5)]
+        bench.loop.turn()
+        late = bench.submit(9)
+        bench.close(grace_s=1)
+        assert isinstance(waiting.pop(2).future.exception(), EngineFailed)
+        assert [each.future.result() for each in waiting] == [rows_of(n, 1 + n % 2) for n in (0, 1, 3, 4)]
+        assert late.future.result() == rows_of(9)
+        assert "5 requests failed to run together, each runs alone now: secret internals" in caplog.text
+        ran = [{int(value) // 10 for value in x.ravel()} for x in bench.engine.runs]
+        ran.remove({9})  # may have been handed over before
+        assert ran == [{0}, {1}, {3}, {4}]
+        assert [batch[-1] for batch in bench.metrics.batches].count(True) == 1
+        assert sum(len(batch[0]) for batch in bench.metrics.batches) == 6  # each is counted once
+
+
+def test_who_has_gone_or_is_late_does_not_run_again():
+    with Bench(threaded=True, run_us=50_000) as bench:
+        bench.engine.poison = 20
+        gone, late = bench.submit(1), bench.submit(3, expires_us=bench.clock.now_us + 60_000)
+        waiting = [bench.submit(2), bench.submit(4)]
+        bench.loop.turn()
+        bench.clock.now_us += 60_000
+        gone.future.cancel()
+        bench.close(grace_s=1)
+        assert [int(x[0, 0]) // 10 for x in bench.engine.runs] == [4]
+        assert isinstance(late.future.exception(), DeadlineExceeded)
+        assert isinstance(waiting[0].future.exception(), EngineFailed)
+        assert waiting[1].future.result() == rows_of(4)
+        assert bench.metrics.reasons == {"expired": 1, "cancelled": 1}
+
+
+def test_what_was_taken_back_is_refused_at_the_end():
+    with Bench(threaded=True, run_us=50_000) as bench:
+        bench.engine.poison = 20
+        waiting = [bench.submit(number) for number in (1, 2, 3)]
+        bench.loop.turn()
+        bench.finish_run()
+        assert (bench.worker.running_rows, bench.batcher.pending_requests) == (2, 1)
+        closing = bench.loop.create_task(bench.worker.close(grace_s=0))
+        bench.clock.now_us += 1
+        bench.loop.turn(4)
+        closing.result()
+        assert all(isinstance(each.future.exception(), NotReady) for each in waiting)
+        assert bench.batcher.pending_requests == bench.batcher.pending_rows == 0
+        bench.engine.let_run()
+        bench.engine.let_run()
+        for _ in range(3):
+            bench.loop.posted.get(timeout=PATIENCE_S)
+        bench.loop.turn()
+        assert bench.engine.closed == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret"), InvalidArgument("said plainly"), StopIteration()])
@@ -219,7 +275,7 @@ def test_split_gives_each_request_views_of_its_rows():
         outputs = [np.arange(12).reshape(6, 2), np.arange(6)]
         for counts in ([6], [1] * 6, [1, 3, 2]):
             made = [request(loop, rows=rows) for rows in counts]
-            parts = [tuple(part) for part in _split(outputs, made, 6)]
+            parts = [tuple(part) for part in Batch(made, 6).split(outputs)]
             assert [len(part[1]) for part in parts] == counts
             for index in (0, 1):
                 assert np.array_equal(np.concatenate([part[index] for part in parts]), outputs[index])

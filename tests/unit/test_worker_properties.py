@@ -92,20 +92,22 @@ def play(bench: Bench, steps: list[tuple[str, Any]]) -> dict[int, Request]:
         elif what == "fail":
             bench.engine.fails += 1
         elif what == "slow":
-            bench.engine.after = lambda: setattr(bench.clock, "now_us", bench.clock.now_us + value)  # noqa: B023
+            bench.engine.after = lambda took_us=value: setattr(bench.clock, "now_us", bench.clock.now_us + took_us)
         else:
             bench.loop.turn()
         bound = bench.settings.max_pending_rows
-        assert bench.batcher.pending_rows <= bound or bench.batcher.pending_requests == 1
+        rows = bench.batcher.pending_rows - bench.batcher.taken_back_rows
+        assert rows <= bound or bench.batcher.pending_requests == 1
     return taken
 
 
 def check(bench: Bench, taken: dict[int, Request]) -> None:
-    """Each has the one answer that is its own, and ran at most once."""
+    """Each has the one answer that is its own, and ran at most once, and once more alone where its batch had failed."""
     ran: list[int] = []
     for x in bench.engine.runs:
         assert len(x) <= bench.settings.max_rows
         ran += [int(row[0]) // 10 for row in x if row.size]
+    failed_alone = [{int(value) // 10 for value in x.ravel()} for x in bench.engine.failed_runs]
     for number, each in taken.items():
         width = each.inputs[0].shape[1]
         runs = ran.count(number)
@@ -121,5 +123,6 @@ def check(bench: Bench, taken: dict[int, Request]) -> None:
             assert runs == 0
         else:
             assert isinstance(error, EngineFailed)
+            assert {number} in failed_alone or not width
     assert bench.batcher.pending_requests == bench.batcher.pending_rows == bench.worker.running_rows == 0
     assert bench.engine.closed == 1

@@ -29,7 +29,8 @@ class WatchedBatcher(Batcher):
         elif "deadline" in str(refusal):
             assert self.expected_us(request, self.waiting()) > request.expires_us
         else:
-            assert sum(each.rows for each in self.waiting()) + request.rows > self._max_pending_rows
+            waiting_rows = sum(each.rows for each in self.waiting()) + self.taken_back_rows
+            assert waiting_rows + request.rows > self._max_pending_rows
         raise refusal
 
     def refusal(self, request: Request) -> Overloaded | None:
@@ -41,6 +42,10 @@ class WatchedBatcher(Batcher):
 
     def waiting(self) -> list[Request]:
         return [request for group in self._groups.values() for request in group]
+
+    @property
+    def taken_back_rows(self) -> int:
+        return sum(request.rows for request, _ in self._singles)
 
     def expected_us(self, request: Request, waiting: list[Request]) -> float:
         """When a request would be answered by the batcher's own numbers, found the long way."""
@@ -67,8 +72,9 @@ class WatchedBatcher(Batcher):
         return min(request.expires_us, request.arrived_us + self._promote_us)
 
     def try_close(self, now_us: int, *, only_full: bool = False) -> Batch | None:
+        singles = len(self._singles)
         batch = super().try_close(now_us, only_full=only_full)
-        if batch is not None:
+        if batch is not None and len(self._singles) == singles:
             for priority in {each.priority for each in batch.requests}:
                 order = [self.urgency(each) for each in batch.requests if each.priority == priority]
                 assert order == sorted(order)
@@ -78,6 +84,7 @@ class WatchedBatcher(Batcher):
                     if each.priority == priority and each.row_shapes == batch.requests[0].row_shapes
                 ]
                 assert not left or order[-1] <= min(left)
+        if batch is not None:
             assert 0 < batch.rows == sum(each.rows for each in batch.requests) <= self._max_rows
             assert len({each.row_shapes for each in batch.requests}) == 1
             assert not any(each.future.done() or each.expires_us <= now_us for each in batch.requests)

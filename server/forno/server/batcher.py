@@ -11,7 +11,7 @@ hopeless while it waited is refused before it runs. Without deadlines none of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from forno.server.admission import expected_us, makes_late_us, surely_in_time
 from forno.server.errors import DeadlineExceeded, InvalidArgument, Overloaded
 from forno.server.filling import Filling, take_in_order
 from forno.server.request import NEVER_US, Batch, Request
-from forno.server.scheduling import Group, due_us
+from forno.server.scheduling import BatcherStatistics, Group, due_us
 from forno.server.tuning import Tuner
 
 if TYPE_CHECKING:
@@ -38,28 +38,14 @@ _MOST_SHAPES = 256
 _STALE_US = 1_000_000
 """An idle engine that has run nothing for so long is given a request even where its deadline looks impossible: else a
 wrong estimate that refuses everything would never be put right."""
-_RETRY_S = 0.1
-"""What callers are told while nothing is known."""
+_RETRY_S = 0.1  # what callers are told while nothing is known
 _LEAST_RETRY_S = 0.001
-
-
-@dataclass(frozen=True, slots=True)
-class BatcherStatistics:
-    """A glance at the queue."""
-
-    pending_requests: int
-    pending_rows: int
-    shapes: int
-    rows_cap: int  # rows of a batch now
-    delay_us: int  # longest wait for company now
-    one_row_us: float  # what a run of one row is expected to take; 0 while unknown, as the next
-    cap_us: float  # what a run of `rows_cap` rows is expected to take
 
 
 class Batcher:
     """Groups requests into batches. Owned by one Worker; event loop only; ends when nothing refers to it.
 
-    Invariant: `pending_rows` <= max_pending_rows, unless a single larger request entered an empty queue.
+    Invariant: `pending_rows` <= max_pending_rows, but for a larger request in an empty queue and those taken back.
 
     Args:
         settings: The limits.
@@ -90,6 +76,7 @@ class Batcher:
         self._groups: dict[RowShapes, Group] = {}
         self._alone: tuple[Request, RowShapes, Tuner] | None = None
         """All that waits, where it is in no group: most requests that come when little is asked for."""
+        self._singles: deque[tuple[Request, Tuner]] = deque()  # each for a run of its own, before all others
         self._tuners: dict[RowShapes, Tuner] = {}
         self._tuner = Tuner(settings, max_rows)  # of the last run
         if not by_shape:
@@ -161,6 +148,13 @@ class Batcher:
             if batch is not None:
                 return batch
             self._group_the_lone()
+        while self._singles and not only_full:
+            request, tuner = self._singles.popleft()
+            self.pending_requests -= 1
+            self.pending_rows -= request.rows
+            if request.expires_us > now_us and not request.future.done():
+                return Batch([request], request.rows, now_us, tuner)
+            dropping.drop([request], now_us, self._refused)
         while self._groups:
             if not self._patient and len(self._groups) == 1:
                 ((key, group),) = self._groups.items()
@@ -183,6 +177,13 @@ class Batcher:
                 return batch
         return None
 
+    def take_back(self, batch: Batch) -> None:
+        """Has each request of a run that failed run alone: one of them may be why it failed."""
+        self._group_the_lone()
+        self._singles += [(request, batch.tuner) for request in batch.requests]
+        self.pending_requests += len(batch.requests)
+        self.pending_rows += batch.rows
+
     def expect(self, running: Iterable[tuple[Batch, int]], now_us: int) -> None:
         """Told which batches an engine apart from the loop holds now, in order, with when each started or 0."""
         ends_us: list[int] = []
@@ -204,6 +205,8 @@ class Batcher:
     def next_close_us(self) -> int | None:
         """When `try_close` should be asked again; None while nothing waits, 0 where a batch is ready."""
         self._group_the_lone()
+        if self._singles:
+            return 0
         if not self._patient:
             return min(map(self._awaited_us, self._groups.values()), default=None)
         return min((group.due_us for group in self._groups.values()), default=None)
@@ -227,7 +230,9 @@ class Batcher:
     def take_all(self) -> list[Request]:
         """Empties the queue, without dropping anything: what is left at shutdown."""
         self._group_the_lone()
-        requests = [request for group in self._groups.values() for request in group]
+        requests = [request for request, _ in self._singles]
+        requests += [request for group in self._groups.values() for request in group]
+        self._singles.clear()
         self._groups.clear()
         self.pending_requests = self.pending_rows = 0
         self._soonest_us = NEVER_US

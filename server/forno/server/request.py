@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncio import Future
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
 
@@ -84,6 +85,24 @@ class Batch:
     closed_us: int = 0  # monotonic; when it left the queue
     tuner: Any = None  # the batcher's own: what learns from the run
     limit: int = 0  # rows that it could have had; a single larger request goes alone
+
+    def split(self, outputs: Sequence[Array]) -> Iterable[Sequence[Array]]:
+        """The outputs of each request: views of its rows.
+
+        Raises:
+            ValueError: An output has not one row for each row of the inputs.
+        """
+        requests, rows = self.requests, self.rows
+        if len(requests) == 1:
+            return (outputs,)
+        for output in outputs:
+            if output.ndim == 0 or output.shape[0] != rows:
+                raise ValueError(f"an output has shape {list(output.shape)} for {rows} rows")
+        if rows == len(requests):
+            return zip(*[output.reshape(rows, 1, *output.shape[1:]) for output in outputs], strict=True)
+        ends = list(accumulate([request.rows for request in requests]))
+        starts = [0, *ends[:-1]]
+        return [[output[start:end] for output in outputs] for start, end in zip(starts, ends, strict=True)]
 
 
 def callers(requests: list[Request]) -> int:

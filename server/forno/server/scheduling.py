@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,19 @@ _urgency = attrgetter("urgent_us")
 def due_us(request: Request, delay_us: int) -> int:
     """When a request has waited long enough for company: after the delay, or half of the time that it has."""
     return min(request.arrived_us + delay_us, (request.arrived_us + request.expires_us) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherStatistics:
+    """A glance at the queue."""
+
+    pending_requests: int
+    pending_rows: int
+    shapes: int
+    rows_cap: int  # rows of a batch now
+    delay_us: int  # longest wait for company now
+    one_row_us: float  # what a run of one row is expected to take; 0 while unknown, as the next
+    cap_us: float  # what a run of `rows_cap` rows is expected to take
 
 
 class Lane:

@@ -8,7 +8,6 @@ import secrets
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -308,12 +307,18 @@ class Worker:
         """Resolves the futures of a batch, lets its slot go, and counts it."""
         batch, started_us = run.batch, run.started_us
         requests, rows = batch.requests, batch.rows
+        if run.error is not None and len(requests) > 1 and not isinstance(run.error, EngineLost):
+            why = f"{len(requests)} requests failed to run together, each runs alone now: {run.error}"
+            log.warning("%s: %s", self._name, why)
+            run.slot.release()
+            self._batcher.take_back(batch)
+            return
         compute_us = run.ended_us - started_us
         queue_us = [started_us - request.arrived_us for request in requests]
         try:
             if run.error is not None:
                 raise run.error
-            parts = _split(run.outputs, requests, rows)
+            parts = batch.split(run.outputs)
         except Exception as error:  # noqa: BLE001  (whatever the engine raised)
             self._fail(requests, "the model failed to run", error)
         else:
@@ -379,21 +384,3 @@ def _refuse(requests: Iterable[Request], kind: type[FornoError], why: str) -> No
     for request in requests:
         if not request.future.done():
             request.future.set_exception(kind(why))
-
-
-def _split(outputs: Sequence[Array], requests: Sequence[Request], rows: int) -> Iterable[Sequence[Array]]:
-    """The outputs of each request: views of its rows.
-
-    Raises:
-        ValueError: An output has not one row for each row of the inputs.
-    """
-    if len(requests) == 1:
-        return (outputs,)
-    for output in outputs:
-        if output.ndim == 0 or output.shape[0] != rows:
-            raise ValueError(f"an output has shape {list(output.shape)} for {rows} rows")
-    if rows == len(requests):
-        return zip(*[output.reshape(rows, 1, *output.shape[1:]) for output in outputs], strict=True)
-    ends = list(accumulate([request.rows for request in requests]))
-    starts = [0, *ends[:-1]]
-    return [[output[start:end] for output in outputs] for start, end in zip(starts, ends, strict=True)]
