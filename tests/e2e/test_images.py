@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.e2e.forno_server import FornoServer
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
 
-from forno.client import Client
+from forno.client import Client, InvalidArgument
 from forno.kernels import reference
 from forno.v1 import predictor_pb2, predictor_pb2_grpc
 
@@ -28,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "models": {
         "see": {
             "path": "see.onnx",
-            "preprocess": {"resize": 36, "mean": MEAN, "std": STD},
+            "preprocess": {"resize": 36, "mean": MEAN, "std": STD, "max_pixels": 5000},
             "postprocess": {"top_k": 3, "softmax": True},
         }
     },
@@ -123,3 +124,22 @@ def test_what_is_no_picture_is_told(server: FornoServer) -> None:
         reply = server.http("POST", "/v1/pictures", b"\xff\xd8\xff\xe0 half", {"content-type": "image/jpeg"})
         assert reply.status == 400
         assert b"not an image that can be read" in reply.body
+
+
+def test_a_picture_that_is_too_large_is_refused_before_it_waits(server: FornoServer) -> None:
+    words = "input 'image': images of 60 x 84, 5040 pixels, expected at most 5000 (preprocess.max_pixels)"
+    large, fine = (np.zeros((1, 60, columns, 3), np.uint8) for columns in (84, 83))
+    with Client(server.target) as client:
+        for _ in range(2):
+            assert client.predict("see", {"image": fine}).outputs["logits"].shape == (1, 3)
+            with pytest.raises(InvalidArgument, match=re.escape(words)):
+                client.predict("see", {"image": large})
+    if server.transport == "envoy":
+        body = json.dumps({"inputs": {"image": large.tolist()}}).encode()
+        for path, data, kind in (
+            ("/v1/models/see:predict", body, "application/json"),
+            ("/v1/pictures", encoded(large[0], "PNG"), "image/png"),
+        ):
+            reply = server.http("POST", path, data, {"content-type": kind})
+            assert reply.status == 400
+            assert json.loads(reply.body)["message"] == words

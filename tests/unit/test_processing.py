@@ -23,7 +23,9 @@ from tests.unit.test_onnx_cuda import answers
 
 from forno.kernels import host, reference
 from forno.kernels.devices.cpu import CpuDevice
-from forno.server.config import Config, CudaSettings, ModelSettings
+from forno.server.config import Config, CudaSettings, ModelSettings, PreprocessSettings
+from forno.server.config.base import MAX_PIXELS
+from forno.server.endpoints.settings import ImageInput
 from forno.server.engines import onnx_cuda
 from forno.server.engines.processed import ProcessedEngine
 from forno.server.errors import ConfigError, InvalidArgument
@@ -211,17 +213,33 @@ class TestAModel:
 
         self.live(path, check, device=place, postprocess={"top_k": 2})
 
-    @pytest.mark.parametrize("size", [(0, 5), (5, 0), (1, 32768), (2, 30000)])
-    def test_impossible_images_are_refused_alone(self, tmp_path: Path, place: str, size: tuple[int, int]) -> None:
+    @pytest.mark.parametrize(
+        ("size", "words"),
+        [
+            ((0, 5), "0 x 5, expected sides of 1 to 32767"),
+            ((5, 0), "5 x 0, expected sides of 1 to 32767"),
+            ((1, 32768), "1 x 32768, expected sides of 1 to 32767"),
+            ((2, 30000), "2 x 30000 would be longer than 32767"),
+            ((9, 6667), r"9 x 6667, 60003 pixels, expected at most 60000 \(preprocess.max_pixels\)"),
+        ],
+    )
+    def test_impossible_images_are_refused_alone(
+        self, tmp_path: Path, place: str, size: tuple[int, int], words: str
+    ) -> None:
         path = onnx_models.seeing(tmp_path / "m.onnx")
 
         async def check(model: Any) -> None:
-            fine, wrong = ask(model, image=images(1, (4, 4))[0]), np.zeros((1, *size, 3), np.uint8)
-            with pytest.raises(InvalidArgument, match="input 'image': images of"):
-                ask(model, image=wrong)
-            assert len((await fine)[0]) == 1
+            fine = [ask(model, image=np.zeros((1, *side, 3), np.uint8)) for side in ((4, 4), (200, 300))]
+            with pytest.raises(InvalidArgument, match=f"input 'image': images of {words}") as caught:
+                ask(model, image=np.zeros((2, *size, 3), np.uint8))
+            assert caught.value.field == "inputs[image].shape"
+            assert [len(y) for (y,) in await asyncio.gather(*fine)] == [1, 1]
 
-        self.live(path, check, device=place, preprocess={"resize": 6, **IMAGENET})
+        self.live(path, check, device=place, preprocess={"resize": 6, "max_pixels": 60_000, **IMAGENET})
+
+    def test_images_are_bounded_as_those_of_endpoints(self) -> None:
+        bounds = (PreprocessSettings().max_pixels, ImageInput(codec="image").max_pixels)
+        assert bounds == (MAX_PIXELS, MAX_PIXELS)
 
 
 @needs_compiler

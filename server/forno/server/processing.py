@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from forno.server.config import PostprocessSettings, PreprocessSettings
     from forno.server.profiles import Shapes
 
-MOST_PIXELS = 32767
-"""Longest side of an image, before and after: as the kernels."""
+LONGEST_SIDE = 32767
+"""Of an image, in pixels, before and after: as the kernels."""
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 _VALUES, _CLASSES = np.dtype(np.float32), np.dtype(np.int32)
 
@@ -41,6 +41,7 @@ class ImagePlan:
     resize: tuple[int, ...]  # to a shorter side, or to a height and width; none = straight to the input's
     scale: tuple[float, ...]  # for each channel, what a value of 0 to 255 is multiplied by
     bias: tuple[float, ...]  # for each channel, what is added then
+    max_pixels: int  # of an image before
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,20 +67,26 @@ class ImagePlan:
         return (*shapes[:at], (*shapes[at][:-3], *self.shape), *shapes[at + 1 :])
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuses images that cannot be resized; `shape` has fitted the signature.
+        """Refuses images that cannot be resized, or are too large to be; `shape` has fitted the signature.
 
         Raises:
-            InvalidArgument: A side is 0, or too long before or after.
+            InvalidArgument: A side is 0, or too long before or after; or there are too many pixels.
         """
         height, width = shape[1:3]
-        if min(height, width) < 1 or max(height, width) > MOST_PIXELS:
+        if min(height, width) < 1 or max(height, width) > LONGEST_SIDE:
             raise InvalidArgument(
-                f"input '{self.name}': images of {height} x {width}, expected sides of 1 to {MOST_PIXELS}",
+                f"input '{self.name}': images of {height} x {width}, expected sides of 1 to {LONGEST_SIDE}",
                 f"inputs[{self.name}].shape",
             )
-        if max(self.window(height, width)[:2]) > MOST_PIXELS:
+        if height * width > self.max_pixels:
             raise InvalidArgument(
-                f"input '{self.name}': images of {height} x {width} would be longer than {MOST_PIXELS} with a shorter "
+                f"input '{self.name}': images of {height} x {width}, {height * width} pixels, expected at most "
+                f"{self.max_pixels} (preprocess.max_pixels)",
+                f"inputs[{self.name}].shape",
+            )
+        if max(self.window(height, width)[:2]) > LONGEST_SIDE:
+            raise InvalidArgument(
+                f"input '{self.name}': images of {height} x {width} would be longer than {LONGEST_SIDE} with a shorter "
                 f"side of {self.resize[0]}",
                 f"inputs[{self.name}].shape",
             )
@@ -162,6 +169,7 @@ def _image(signature: Signature, settings: PreprocessSettings) -> ImagePlan:
         resize,
         tuple([1 / (255 * deviation) for deviation in deviations]),
         tuple([-mean / deviation for mean, deviation in zip(means, deviations, strict=True)]),
+        settings.max_pixels,
     )
 
 

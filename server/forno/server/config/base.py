@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 # Numbers are strict, so that `true` is not 1 and a quoted "8" is not 8.
 Rows = Annotated[int, Field(strict=True, ge=1, le=65536)]
 Bytes = Annotated[int, Field(strict=True, ge=1024, le=2**31 - 1)]
+PixelCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
+
+MAX_PIXELS = 32_000_000
+"""Of one image, where no setting says otherwise: 8000 x 4000."""
 
 
 class Settings(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from forno.server.config.base import Rows, Settings
+from forno.server.config.base import MAX_PIXELS, PixelCount, Rows, Settings
 from forno.server.sharing import LEAST_WEIGHT
 
 Pixels = Annotated[int, Field(strict=True, ge=1, le=32767)]
@@ -105,6 +105,9 @@ class PreprocessSettings(Settings):
     """What is subtracted from values of 0 to 1; one number, or one a channel."""
     std: Positive | tuple[Positive, ...] = 1.0
     """What the rest is divided by; one number, or one a channel."""
+    max_pixels: PixelCount = MAX_PIXELS
+    """Largest image that is taken, in pixels; a larger one is refused with INVALID_ARGUMENT. What the images of a batch
+    took is kept for later ones, on the GPU and in host memory: up to `batching.max_rows` images of this size."""
 
     @property
     def is_set(self) -> bool:

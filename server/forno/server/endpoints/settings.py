@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from forno.server.config import Settings
+from forno.server.config.base import MAX_PIXELS, PixelCount, Settings
 from forno.server.errors import ConfigError
 from forno.server.spelling import listed, nearest
 
@@ -53,7 +53,7 @@ class ImageInput(Settings):
     """What is added after that; one number, or one a channel."""
     invert: bool | Literal["auto"] = False
     """Whether black and white change places before all that; `auto` = where the image's border is light."""
-    max_pixels: Annotated[int, Field(ge=1, le=1_000_000_000)] = 32_000_000
+    max_pixels: PixelCount = MAX_PIXELS
     """Largest image that is decoded, in pixels: a few bytes can claim to be gigabytes."""
 
     @model_validator(mode="after")
