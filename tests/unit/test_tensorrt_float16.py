@@ -12,6 +12,7 @@ import pytest
 from bench.gpu_models import SUBJECTS
 from onnx import TensorProto as Type
 from onnx import helper, numpy_helper
+from onnxruntime.transformers import float16
 from tests.unit import onnx_models, plans
 from tests.unit.test_engines import plain
 from tests.unit.test_onnx_cuda import answers, normal
@@ -150,6 +151,21 @@ def test_what_soon_leaves_float16_is_computed_in_float32(tmp_path: Path) -> None
     for start, end in between.items():
         if types[start] == Type.FLOAT and types.get(between.get(end, "")) == Type.FLOAT:
             pytest.fail(f"{start} is float32, {end} is float16, and {between[end]} is float32 again")
+
+
+def test_what_a_converter_casts_twice_is_cast_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(*given: Any, **options: Any) -> Any:
+        """As ONNX Runtime did before 1.32, the newest for GPUs included."""
+        made = real(*given, **options)
+        made.graph.node.extend([node for node in made.graph.node if node.op_type == "Cast"])
+        return made
+
+    real = float16.convert_float_to_float16
+    monkeypatch.setattr(float16, "convert_float_to_float16", twice)
+    model = normalized(tmp_path / "model.onnx")
+    (tmp_path / "converted").mkdir()
+    converted = convert(model, tmp_path / "converted")
+    close(plain(converted, normal(3, 8))[0], plain(model, normal(3, 8))[0])
 
 
 def test_weights_beside_a_model_are_converted(tmp_path: Path) -> None:

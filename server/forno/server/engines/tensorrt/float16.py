@@ -56,6 +56,7 @@ def convert(model: Path, folder: Path) -> Path:
         halved = float16.convert_float_to_float16(
             typed, keep_io_types=True, disable_shape_infer=True, node_block_list=exact
         )
+        _make_once(halved.graph)
         _join(halved.graph, exact, onnx.TensorProto)
         onnx.save(halved, converted, save_as_external_data=True, location=_WEIGHTS)
     except Exception as error:  # of any kind: they are the converter's own
@@ -77,6 +78,13 @@ def _exact(graph: Any) -> list[str]:
             node.name = node.name or f"exact_{number}"
             names.append(node.name)
     return names
+
+
+def _make_once(graph: Any) -> None:
+    """Drops nodes that are there twice: before 1.32, ONNX Runtime casts anew for each node that takes the cast."""
+    once = {tuple(node.output): node for node in graph.node}
+    del graph.node[:]
+    graph.node.extend(once.values())
 
 
 def _join(graph: Any, exact: list[str], types: Any) -> None:
