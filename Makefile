@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 GENERATOR := $(VENV)/generator
+LOWEST := $(VENV)/lowest
 EXTRAS := server,images,security,telemetry,examples,dev
 ADDRESS ?= 127.0.0.1:8080
 AGAINST ?= main
@@ -18,7 +19,7 @@ TESTS ?= tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-install test-tensorrt soak fuzz check deploy-tools sanitize gpu-check format proto bench install clean
+.PHONY: help run test test-all test-install test-lowest test-tensorrt soak fuzz check deploy-tools sanitize gpu-check format proto bench install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -37,6 +38,9 @@ test-install: $(STAMP)  ## the wheel in a fresh environment with the newest of w
 
 test-tensorrt: $(STAMP)  ## what is called of TensorRT against NVIDIA's wheels of several releases; needs no GPU
 	@$(BIN)/python tools/try_tensorrt.py
+
+test-lowest: $(LOWEST)/installed  ## unit tests, and those of the wire and of telemetry, with the oldest of all that users may have
+	@$(LOWEST)/bin/python -m pytest -q -m "not slow and not gpu" tests/unit $(addprefix tests/e2e/test_,predict.py rest.py otlp.py)
 
 soak: $(STAMP)  ## only the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(TESTS)
@@ -95,6 +99,17 @@ ifneq ($(UV),)
 else
 	@$(BIN)/python -m venv $(GENERATOR)
 	@$(GENERATOR)/bin/python -m pip install -q -r tools/generator.txt
+endif
+	@touch $@
+
+$(LOWEST)/installed: pyproject.toml tools/lowest.py | $(STAMP)
+	@rm -rf $(LOWEST)
+	@$(BIN)/python -m venv $(LOWEST)
+	@$(BIN)/python tools/lowest.py > $(LOWEST)/constraints.txt
+ifneq ($(UV),)
+	@FORNO_NATIVE=skip $(UV) pip install -q --python $(LOWEST)/bin/python -c $(LOWEST)/constraints.txt -e '.[$(EXTRAS)]'
+else
+	@FORNO_NATIVE=skip $(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e '.[$(EXTRAS)]'
 endif
 	@touch $@
 

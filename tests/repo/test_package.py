@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import lowest
 import pytest
 
 pytest.importorskip("hatchling", reason="the build backend is not installed")
@@ -49,3 +51,12 @@ def test_source_archive_builds_from_itself(root: Path, tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"hatch_build.py", "tools/build_kernels.py", "tools/build_native.py", "pyproject.toml", "LICENSE"} <= names
     assert [name for name in names if name.endswith(".so")] == []
+
+
+def test_stubs_are_of_the_oldest_grpcio_that_may_be_installed(root: Path) -> None:
+    # They refuse to be imported with an older one.
+    generator = re.search(r"^grpcio-tools==([\d.]+)", (root / "tools" / "generator.txt").read_text(), re.MULTILINE)
+    assert generator is not None
+    stubs = [path.read_text() for path in (root / "proto").rglob("*_pb2_grpc.py")]
+    assert {version for text in stubs for version in re.findall(r"VERSION = '([\d.]+)'", text)} == {generator[1]}
+    assert f"grpcio=={generator[1]}" in lowest.constraints()
