@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tests.compiling import needs_compiler
 from tests.unit import onnx_models
+from tests.unit.devices import Counting
 from tests.unit.test_engines import plain
 from tests.unit.test_model import ask, made
 from tests.unit.test_processing import IMAGENET, images, wanted
 
 from forno.kernels.devices import DeviceUnavailable
-from forno.kernels.devices.cpu import CpuDevice
 from forno.server.config import ModelSettings
 from forno.server.engines import onnx_cuda
 from forno.server.errors import ConfigError
@@ -23,24 +23,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Numbered(CpuDevice):
-    """One of several, which counts what goes in."""
-
-    def __init__(self, ordinal: int) -> None:
-        super().__init__(runtime_memory=True)
-        self.ordinal = ordinal
-        self.batches = 0
-
-    def copy_in(self, *to_do: int) -> None:
-        self.batches += 1
-        super().copy_in(*to_do)
-
-
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> Any:
-    there = [Numbered(0), Numbered(1), Numbered(2)]
+    there = [Counting(ordinal=number, runtime_memory=True) for number in range(3)]
 
-    def opened(name: str, ordinal: int) -> Numbered:
+    def opened(name: str, ordinal: int) -> Counting:
         if ordinal >= len(there):
             raise DeviceUnavailable(f"there is no device '{name}:{ordinal}'")
         return there[ordinal]
@@ -59,15 +46,16 @@ def test_each_device_takes_its_share(tmp_path: Path, devices: Any) -> None:
         await model.load()
         assert [gpu.name for gpu in model.gpus] == ["cpu:0", "cpu:2"]
         for device in devices:
-            device.batches = 0
+            device.copies.clear()
         got = await asyncio.gather(*[ask(model, x=row[None]) for row in rows])
         np.testing.assert_allclose(np.concatenate([y for (y,) in got]), plain(path, rows)[0], rtol=1e-5, atol=1e-5)
         await model.close(1)
 
     asyncio.run(live())
-    assert devices[1].batches == 0
-    assert min(devices[0].batches, devices[2].batches) >= 75 // 5
-    assert devices[0].batches + devices[2].batches >= 75
+    batches = [sum(way == "in" for way, _ in device.copies) for device in devices]
+    assert batches[1] == 0
+    assert min(batches[0], batches[2]) >= 75 // 5
+    assert batches[0] + batches[2] >= 75
 
 
 @needs_compiler
