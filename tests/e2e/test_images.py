@@ -14,6 +14,7 @@ from PIL import Image
 from tests.e2e.forno_server import FornoServer
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
+from tests.unit.test_pixels import encoded
 
 from forno.client import Client, InvalidArgument
 from forno.kernels import reference
@@ -56,12 +57,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def pictures() -> list[Any]:
     random = np.random.default_rng(0)
     return [random.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((60, 80), (90, 40), (32, 32))]
-
-
-def encoded(image: Any, format_: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format_)
-    return buffer.getvalue()
 
 
 def best_of(path: Path, image: Any) -> tuple[Any, Any]:

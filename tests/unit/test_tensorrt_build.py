@@ -111,13 +111,9 @@ def test_settings_reach_the_builder(bench: Bench) -> None:
 
 
 def test_the_name_of_a_plan_says_all_that_it_depends_on(bench: Bench, tmp_path: Path) -> None:
-    other = (
-        onnx_models.one(tmp_path / "other" / "m.onnx", "Relu", 1, ["n"])
-        if (tmp_path / "other").mkdir() is None
-        else None
-    )
     copy = tmp_path / "other" / "copy" / "m.onnx"
-    copy.parent.mkdir()
+    copy.parent.mkdir(parents=True)
+    other = onnx_models.one(tmp_path / "other" / "m.onnx", "Relu", 1, ["n"])
     copy.write_bytes(bench.model.read_bytes())
     first = bench.plans().path
     assert bench.plans(copy).path == first  # where it lies is of no matter
