@@ -30,7 +30,6 @@ from forno.server.security import keys
 CALLERS, IN_FLIGHT_EACH = 4, 16
 ISSUER, AUDIENCE = "https://id.example", "forno"
 SUBJECT = Subject("forno", "tiny", "envoy")
-READY_LIMIT_S = 30.0
 
 
 class Kind:
@@ -55,12 +54,7 @@ class Kind:
         settings.write_text(json.dumps(document))
         log = settings.with_suffix(".log")
         self.server = stack.enter_context(ServerProcess(serving(settings, port), environment(), log))
-        end = time.monotonic() + READY_LIMIT_S
-        while "Forno serves" not in self.server.log_end(100):
-            self.server.check_alive()
-            if time.monotonic() > end:
-                raise RuntimeError(self.server.log_end())
-            time.sleep(0.05)
+        self.server.wait_ready(port)
         for credential in set(credentials) or {""}:  # each is answered, before its calls are counted
             with Client(f"127.0.0.1:{port}", credential=credential.rpartition(" ")[2]) as client:
                 client.predict("tiny", {"x": models.rows_of("tiny", 1)})

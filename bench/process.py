@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+READY_LIMIT_S = 60.0
 STOP_S = 15.0
 # fields of /proc/PID/stat counted from the one behind the command's name
 STATE, PARENT, UTIME, CSTIME = 0, 1, 11, 14
@@ -71,6 +73,23 @@ class ServerProcess:
         """
         if self._process.poll() is not None:
             raise RuntimeError(f"the server ended with status {self._process.returncode}:\n{self.log_end()}")
+
+    def wait_ready(self, port: int) -> None:
+        """Waits until it says over HTTP that it serves all that it should.
+
+        Raises:
+            RuntimeError: It has ended, or took too long; the text has the end of its log.
+        """
+        end_s = time.perf_counter() + READY_LIMIT_S
+        while time.perf_counter() < end_s:
+            self.check_alive()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5.0).close()
+            except OSError:
+                time.sleep(0.05)
+            else:
+                return
+        raise RuntimeError(f"not ready in {READY_LIMIT_S:.0f} s:\n{self.log_end()}")
 
     def log_end(self, lines: int = 15) -> str:
         """The last lines of what the server wrote."""

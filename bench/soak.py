@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 WARM_UP = 0.2
 STEPS = 50
-READY_S = 60.0
 LEFT_S = 5.0
 """So long the server has, after the last call, to let go of what it holds."""
 
@@ -105,18 +104,6 @@ def held(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in found if float(value)}
 
 
-def _wait_ready(port: int, server: ServerProcess) -> None:
-    for _ in range(int(READY_S / 0.05)):
-        server.check_alive()
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5.0).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError(f"not ready in {READY_S:.0f} s: {server.log_end()}")
-
-
 def soak(calls: int, caller_count: int, folder: Path) -> Record:
     """Runs it all.
 
@@ -128,7 +115,7 @@ def soak(calls: int, caller_count: int, folder: Path) -> Record:
     file.write_text(json.dumps(settings()))
     steps: list[Record] = []
     with ServerProcess(serving(file, port), environment(), folder / "server.log") as server:
-        _wait_ready(port, server)
+        server.wait_ready(port)
         callers = [Caller(port, seed) for seed in range(caller_count)]
         done = 0
         try:
