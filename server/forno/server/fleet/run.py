@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from forno.server import logs, processes
+from forno.server import logs, processes, scratch
 from forno.server.fleet import control_socket
 from forno.server.fleet import edge as edges
 from forno.server.fleet.janitor import Janitor
-from forno.server.transport.envoy import folders, supervisor
+from forno.server.transport.envoy import supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,13 +50,13 @@ def serve(
         return able(config), specs
 
     config = able(config)
-    folder, lock = folders.make()
+    folder, lock = scratch.make()
     control = control_socket.path_of(str(address))
     janitor = Janitor([folder, control])
     try:
         return _run(config, specs, address, folder, control, janitor.group, read_again)
     finally:
-        folders.remove(folder, lock)
+        scratch.remove(folder, lock)
         control.unlink(missing_ok=True)
         janitor.close()
 

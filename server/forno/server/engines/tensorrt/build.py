@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forno.server import apart
 from forno.server.engines.tensorrt.cache import PlanCache, build_options, default_folder
 from forno.server.engines.tensorrt.structure import structure_of
 from forno.server.errors import ConfigError, NotReady
-from forno.server.processes import die_with_parent
 
 if TYPE_CHECKING:
     import threading
@@ -36,7 +35,6 @@ log = logging.getLogger("forno.engine.tensorrt")
 BUILDER = (sys.executable, "-m", "forno.server.engines.tensorrt.builder")
 _POLL_S = 0.2
 _TELL_EVERY_S = 10.0
-_LAST_WORDS_BYTES = 2000
 
 
 class Plans:
@@ -155,19 +153,9 @@ class Plans:
         }
         told, tell = os.pipe()
         began_s = time.monotonic()
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # as Envoy needs it
         with tempfile.TemporaryFile() as words, os.fdopen(told, "rb", buffering=0) as messages:
             try:
-                process = subprocess.Popen(  # noqa: S603  (this program)
-                    [*builder, str(tell)],
-                    stdin=subprocess.PIPE,
-                    stdout=words,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[tell],
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509  (a system call)
-                )
+                process = apart.begin([*builder, str(tell)], words, stdin=subprocess.PIPE, pass_fds=[tell])
             finally:
                 os.close(tell)
             try:
@@ -178,7 +166,7 @@ class Plans:
             except subprocess.TimeoutExpired:
                 raise self._too_long() from None
             finally:
-                _kill(process)
+                apart.end(process)
             self._judge(last, process.returncode, words, began_s)
 
     def _follow(self, messages: Any, began_s: float) -> dict[str, Any]:
@@ -215,12 +203,7 @@ class Plans:
             how = "built" if weights is None else f"given {weights} weights"
             log.info("%s: %s in %.0f s, %d bytes: %s", self._model, how, took_s, size_bytes, self.path)
             return
-        size = words.seek(0, os.SEEK_END)
-        words.seek(max(0, size - _LAST_WORDS_BYTES))
-        lines = words.read().decode(errors="replace").split("\n")
-        said = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
-        how = f"ended with status {status}" if status >= 0 else f"was ended by {_signal(-status)}"
-        raise ConfigError(f"{self._model}: the process that builds its plan {how}" + (f": {said}" if said else ""))
+        raise ConfigError(f"{self._model}: the process that builds its plan {apart.ending(status, words)}")
 
     def _check_stopping(self) -> None:
         if self._stopping is not None and self._stopping.is_set():
@@ -230,16 +213,3 @@ class Plans:
         return ConfigError(
             f"{self._model}: building its plan took longer than tensorrt.build_limit_s = {self._limit_s}, and was ended"
         )
-
-
-def _signal(number: int) -> str:
-    name = signal.Signals(number).name if number in [*signal.Signals] else str(number)
-    return f"{name}, as where memory runs out" if number == signal.SIGKILL else name
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and all that it has started, if it is still there."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

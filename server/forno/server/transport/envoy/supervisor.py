@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forno.server import logs, processes
+from forno.server import logs, processes, scratch
 from forno.server.errors import ConfigError
-from forno.server.transport.envoy import bootstrap, ceilings, doors, folders
+from forno.server.transport.envoy import bootstrap, ceilings, doors
 from forno.server.transport.envoy.ends import MAX_STREAM_S, MODULE
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Envoy:
         folder: Path | None = None,
         inner: bool = False,
     ) -> None:
-        self._folder, self._lock = folders.make() if folder is None else (folder, -1)
+        self._folder, self._lock = scratch.make() if folder is None else (folder, -1)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._admin = self._folder / "admin.sock"
         self._process: subprocess.Popen[bytes] | None = None
@@ -131,7 +131,7 @@ class Envoy:
         os.close(write_end)
         self._log_reader = threading.Thread(target=self._read_log, args=(read_end,), name="envoy-log", daemon=True)
         self._log_reader.start()
-        folders.remove_stale()
+        scratch.remove_stale()
         return self._process
 
     @property
@@ -174,7 +174,7 @@ class Envoy:
         if self._address.path:
             Path(self._address.path).unlink(missing_ok=True)
         if self._lock >= 0:
-            folders.remove(self._folder, self._lock)
+            scratch.remove(self._folder, self._lock)
             self._lock = -1
         else:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Private folders for what Envoy needs on disk, which do not outlast their servers.
+"""Private folders for what is needed on disk for a while, which do not outlast their servers.
 
-Whoever lives in a folder holds a lock on a file in it: the supervisor, and Envoy, which inherits the descriptor. What a
+Whoever lives in a folder holds a lock on a file in it: a server, and Envoy, which inherits the descriptor. What a
 killed server has left is known by that nobody holds its lock any more, whatever process ids mean to whom.
 """
 
