@@ -11,6 +11,7 @@ from tests.gpu.pictures import check_pictures
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
 from tests.unit.test_onnx_cuda import answers, normal
+from tests.unit.test_onnx_float16 import normalized, resized
 
 from forno.kernels.devices import DeviceUnavailable, attached, open_device
 from forno.server.config import ModelSettings
@@ -60,6 +61,26 @@ def test_answers_are_the_cpus(tmp_path: Path, device: Device, make: Any, inputs:
     for _ in range(3):  # the first proves bindings, the others use them
         for got, want in zip(answers(engine, slot, inputs), plain(path, *inputs), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    ("make", "scale"), [(onnx_models.mlp, 1), (onnx_models.seeing, 1), (normalized, 3000), (resized, 3000)]
+)
+def test_float16_answers_are_near_the_cpus(tmp_path: Path, device: Device, make: Any, scale: int, graphs: bool) -> None:
+    path = make(tmp_path / "m.onnx")
+    settings = {"precision": "fp16", "tf32": False, "graphs": graphs}
+    engine = open_engine(path, ModelSettings(device=device.name, cuda=settings, padding={"allowed_rows": [3]}))
+    slot = engine.new_slot(3)
+    x = scale * normal(3, *engine.signature.inputs[0].shape[1:])
+    (want,) = plain(path, x)
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # the first run proves bindings; graphs are of threads that are not the opener's
+        for got in pool.map(lambda _: answers(engine, slot, (x,))[0], range(3)):
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=0, atol=0.01 * np.abs(want).max())
     engine.close()
 
 

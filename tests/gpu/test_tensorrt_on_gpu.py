@@ -12,7 +12,7 @@ from tests.gpu.pictures import check_pictures
 from tests.unit import onnx_models
 from tests.unit.test_engines import plain
 from tests.unit.test_onnx_cuda import answers, normal
-from tests.unit.test_tensorrt_float16 import normalized, resized
+from tests.unit.test_onnx_float16 import normalized, resized
 from tests.unit.test_tensorrt_refit import seen
 
 from forno.kernels.devices import DeviceUnavailable, attached, open_device

@@ -142,6 +142,10 @@ class CudaSettings(Settings):
 
     tf32: bool = True
     """Whether float32 products may be rounded to 10 bits of mantissa, which is several times faster."""
+    precision: Literal["model", "fp16"] = "model"
+    """In which types ONNX Runtime computes: those of the model, or float16, to which a float32 model is converted when
+    it is loaded, but for its inputs and outputs, and for what squares, exponentiates or sums. Compare the answers with
+    those of the model. TensorRT has a setting of its own: `tensorrt.precision`."""
     graphs: bool = False
     """Whether a run is captured once for each count of rows, and then started by one call instead of one a kernel: for
     models of many short kernels. Needs `padding.allowed_rows` and a model of fixed row shapes; `engine: tensorrt` needs

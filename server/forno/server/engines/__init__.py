@@ -8,7 +8,7 @@ from forno.server.errors import ConfigError, NotReady
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -89,10 +89,26 @@ def open_engine(path: Path | None, settings: ModelSettings, stopping: threading.
         ConfigError: The file cannot be served; the text says why.
         NotReady: It was stopped.
     """
+    on_gpu = engine_name(path, settings) == "onnx" and device_name(path, settings) != "cpu"
+    if path is None or not on_gpu or settings.cuda.precision == "model":
+        return _open(path, settings, stopping)
+    from forno.server.engines.onnx_float16 import converted  # noqa: PLC0415
+
+    with converted(path, "cuda.precision", stopping) as model:  # once for all devices
+        return _open(path, settings, stopping, model)
+
+
+def _open(
+    path: Path | None,
+    settings: ModelSettings,
+    stopping: threading.Event | None,
+    model: Callable[[], Path] | None = None,
+) -> Engine[Any]:
+    """As `open_engine`; `model` gives the file that is opened where that is not `path`."""
     if stopping is not None and stopping.is_set():
         raise NotReady("it was stopped before it was loaded")
     if settings.devices:
-        return _spread(path, settings, stopping)
+        return _spread(path, settings, stopping, model)
     name, device = engine_name(path, settings), device_name(path, settings)
     if name == "null":
         if device != "cpu":
@@ -109,20 +125,22 @@ def open_engine(path: Path | None, settings: ModelSettings, stopping: threading.
     if device != "cpu":
         from forno.server.engines.onnx_cuda import open_on_device  # noqa: PLC0415
 
-        return open_on_device(path, settings.cuda, device)
+        return open_on_device(path, settings.cuda, device, model)
     from forno.server.engines.onnx import OnnxEngine  # noqa: PLC0415
 
     return OnnxEngine(path, settings.onnx, settings.instances)
 
 
-def _spread(path: Path | None, settings: ModelSettings, stopping: threading.Event | None) -> Engine[Any]:
+def _spread(
+    path: Path | None, settings: ModelSettings, stopping: threading.Event | None, model: Callable[[], Path] | None
+) -> Engine[Any]:
     from forno.server.engines.spread import SpreadEngine  # noqa: PLC0415
 
     engines: list[Engine[Any]] = []
     try:
         for number in settings.devices:
             own = settings.model_copy(update={"devices": (), "device": f"{device_name(path, settings)}:{number}"})
-            engines.append(open_engine(path, own, stopping))
+            engines.append(_open(path, own, stopping, model))
     except BaseException:
         for engine in engines:
             engine.close()

@@ -28,7 +28,7 @@ from forno.server.slots.cuda import Ring
 from forno.v1.tensors import OBJECT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from forno.kernels.devices import Device
@@ -64,6 +64,8 @@ class OnnxCudaEngine:
         path: The model file; external data is found beside it.
         settings: Memory and arithmetic.
         device: Where it runs, attached to no thread; closed with the engine. The CPU's runs without a GPU, for tests.
+        model: Gives the file that is opened, where that is not `path` itself: converted to `settings.precision`. It is
+            read once.
 
     Raises:
         ConfigError: The file is not a readable model, does not fit, or cannot run there as a whole.
@@ -73,7 +75,9 @@ class OnnxCudaEngine:
     text_only = True
     profiles = Profiles()
 
-    def __init__(self, path: Path, settings: CudaSettings, device: Device) -> None:
+    def __init__(
+        self, path: Path, settings: CudaSettings, device: Device, model: Callable[[], Path] | None = None
+    ) -> None:
         self._path = path
         self._settings = settings
         self._device = device
@@ -85,19 +89,20 @@ class OnnxCudaEngine:
         self._graph_ids = itertools.count(1)
         self.ring = Ring(device, settings.slot_limit_bytes, busy_wait=settings.busy_wait)
         try:
-            self._check_fits()
-            self._session = self._open()
+            file = path if model is None else model()
+            self._check_fits(file)
+            self._session = self._open(file)
             self.signature = signature_of(self._session, path)
             texts = [spec.name for spec in (*self.signature.inputs, *self.signature.outputs) if spec.dtype == OBJECT]
             if texts:
                 raise ConfigError(f"{path} cannot run on a GPU: its tensor '{texts[0]}' holds strings; set device: cpu")
+            if settings.graphs:
+                self._check_graphs()
         except BaseException:
             self.close()
             raise
         self._input_names = [spec.name for spec in self.signature.inputs]
         self._output_names = [spec.name for spec in self.signature.outputs]
-        if settings.graphs:
-            self._check_graphs()
         self._run_options = self._new_run_options(_NO_GRAPH)
 
     def new_slot(self, max_rows: int) -> CudaSlot:
@@ -134,15 +139,15 @@ class OnnxCudaEngine:
         self._graphs.clear()
         self.ring.close()
 
-    def _check_fits(self) -> None:
+    def _check_fits(self, file: Path) -> None:
         """Compares the weights with the memory that the settings allow, and that there is."""
-        model_bytes = bytes_of(self._path)
+        model_bytes = bytes_of(file)
         limit_bytes = self._settings.memory_limit_bytes
         if 0 < limit_bytes < model_bytes:
             raise ConfigError(f"{self._path} has {model_bytes} bytes, but cuda.memory_limit_bytes allows {limit_bytes}")
         self.ring.check_fits(self._path, model_bytes)
 
-    def _open(self) -> Any:
+    def _open(self, file: Path) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1  # the work is elsewhere
         options.inter_op_num_threads = 1
@@ -159,7 +164,7 @@ class OnnxCudaEngine:
             if not self._settings.allow_cpu:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # no node runs there unseen
         try:
-            session = self._new_session(options, provider, given)
+            session = self._new_session(file, options, provider, given)
         except Exception as error:
             why = reason(error)
             raise ConfigError(f"{self._path} cannot be opened on '{self._device.name}': {why}") from error
@@ -170,16 +175,16 @@ class OnnxCudaEngine:
             )
         return session
 
-    def _new_session(self, options: Any, provider: str, given: dict[str, str]) -> Any:
+    def _new_session(self, file: Path, options: Any, provider: str, given: dict[str, str]) -> Any:
         """A session none of whose nodes runs elsewhere, but those of shapes."""
         try:
-            return ort.InferenceSession(str(self._path), options, providers=[(provider, given)])
+            return ort.InferenceSession(str(file), options, providers=[(provider, given)])
         except Exception as error:
             if _NO_FALLBACK not in str(error):
                 raise
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = ort.InferenceSession(str(self._path), options, providers=[(provider, given)])
+        session = ort.InferenceSession(str(file), options, providers=[(provider, given)])
         if session.get_providers()[0] == provider:
             refused = strangers(session, provider)
             if refused:
@@ -311,15 +316,17 @@ class OnnxCudaEngine:
         self._session.run_with_iobinding(io, options)
 
 
-def open_on_device(path: Path, settings: CudaSettings, device: str) -> OnnxCudaEngine:
-    """Opens a model on `cuda`, `pycuda`, or one of several: `cuda:1`. Blocks; any thread.
+def open_on_device(
+    path: Path, settings: CudaSettings, device: str, model: Callable[[], Path] | None = None
+) -> OnnxCudaEngine:
+    """Opens a model on `cuda`, `pycuda`, or one of several: `cuda:1`; see `OnnxCudaEngine`. Blocks; any thread.
 
     Raises:
         ConfigError: There is no such device, or see `OnnxCudaEngine`.
     """
     name, _, ordinal = device.partition(":")
     try:
-        return OnnxCudaEngine(path, settings, open_device(name, int(ordinal or 0)))
+        return OnnxCudaEngine(path, settings, open_device(name, int(ordinal or 0)), model)
     except DeviceError as error:
         raise ConfigError(str(error)) from error
 

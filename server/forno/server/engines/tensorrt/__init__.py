@@ -3,7 +3,8 @@
 `library.py` knows what is installed, and what differs between packages and releases; `plans.py` what a plan file tells
 before it is loaded; `contexts.py` is what a slot runs with; `engine.py` is the engine. `build.py` has plans built by
 `builder.py`, a process apart, and kept in `cache.py`, by what `../onnx_files.py` finds a model to consist of. Versions
-that differ in weights alone, by `structure.py`, get a kept plan with theirs by `refit.py`. `float16.py` converts.
+that differ in weights alone, by `structure.py`, get a kept plan with theirs by `refit.py`. Releases that take
+types from models alone are given such as `../onnx_float16.py` converts.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def open_tensorrt(
         ConfigError: There is no such device or no TensorRT, or see `TensorrtEngine`.
         NotReady: It was stopped.
     """
+    if settings.cuda.precision != "model":
+        raise ConfigError(
+            f"cuda.precision is '{settings.cuda.precision}', which is for ONNX Runtime, and the model runs in "
+            "TensorRT: set tensorrt.precision instead"
+        )
     device, found = _opened(device_name)
     try:
         if path.suffix.lower() in SUFFIXES:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from forno.kernels.devices import DeviceError, open_device
+from forno.server.engines.onnx_float16 import convert
 from forno.server.engines.tensorrt import library
 from forno.server.engines.tensorrt.cache import keep
-from forno.server.engines.tensorrt.float16 import convert
 from forno.server.engines.tensorrt.library import Library, sizes
 from forno.server.engines.tensorrt.refit import refit
 from forno.server.errors import ConfigError
@@ -86,7 +86,7 @@ def make(job: dict[str, Any], found: Library, progress: Progress) -> dict[str, A
         dir=plan.parent, prefix=plan.name
     ) as folder:  # found by the next if this is killed
         if found.converts(job["precision"]):
-            job = {**job, "model": str(convert(Path(job["model"]), Path(folder)))}
+            job = {**job, "model": str(convert(Path(job["model"]), Path(folder), "tensorrt.precision"))}
         return refit(job, found) if job["relative"] else build(job, found, progress)
 
 
