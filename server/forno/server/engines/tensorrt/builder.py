@@ -82,9 +82,8 @@ class Progress:
 def make(job: dict[str, Any], found: Library, progress: Progress) -> dict[str, Any]:
     """Makes the plan of a job, of a model that is converted first where its `precision` needs that; see `build`."""
     plan = Path(job["plan"])
-    with tempfile.TemporaryDirectory(
-        dir=plan.parent, prefix=plan.name
-    ) as folder:  # found by the next if this is killed
+    # Its name has it found by the next if this is killed.
+    with tempfile.TemporaryDirectory(dir=plan.parent, prefix=plan.name) as folder:
         if found.converts(job["precision"]):
             job = {**job, "model": str(convert(Path(job["model"]), Path(folder), "tensorrt.precision"))}
         return refit(job, found) if job["relative"] else build(job, found, progress)

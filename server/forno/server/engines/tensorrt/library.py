@@ -88,11 +88,8 @@ class Library:
 
     def precision_flags(self, precision: str) -> list[Any]:
         """The builder's flags for a precision."""
-        return (
-            []
-            if precision == "model" or self.converts(precision)
-            else [getattr(self.module.BuilderFlag, _PRECISIONS[precision])]
-        )
+        is_the_models = precision == "model" or self.converts(precision)
+        return [] if is_the_models else [getattr(self.module.BuilderFlag, _PRECISIONS[precision])]
 
     def check_refit(self) -> None:
         """Refuses to build plans that take other weights where that is known to be broken.
