@@ -13,6 +13,7 @@ from tests.unit.puppets import PuppetEngine
 from forno.server.config import BatchingSettings, OnnxSettings
 from forno.server.engines.onnx import OnnxEngine
 from forno.server.errors import ConfigError
+from forno.server.slots.host import HostSlot
 from forno.server.warmup import WarmUp, warm_up
 
 if TYPE_CHECKING:
@@ -132,6 +133,21 @@ def test_only_short_runs_are_inline(tmp_path):
     path = onnx_models.mlp(tmp_path / "m.onnx")
     assert warmed(path, inline_below_us=100_000).inline
     assert not warmed(path, inline_below_us=0).inline
+
+
+def test_rows_are_timed_as_callers_bring_them(monkeypatch):
+    loaded = []
+
+    def load(slot: HostSlot, requests: Any, rows: int) -> None:
+        loaded.append(([len(request[0]) for request in requests], rows))
+        plainly(slot, requests, rows)
+
+    plainly = HostSlot.load
+    monkeypatch.setattr(HostSlot, "load", load)
+    found = warm_up(PuppetEngine(), BatchingSettings(max_rows=2), 0)
+    assert {rows for rows, _ in found.samples} == {1, 2}
+    assert ([1, 1], 2) in loaded, "one of two rows would be read where it lies, where two of one are brought together"
+    assert loaded.count(([2], 2)) == 1, "the proof's"
 
 
 def test_an_engine_that_always_fails_has_not_passed():

@@ -163,7 +163,7 @@ def _measure(engine: Engine[Any], inputs: Arrays, max_rows: int, inline_below_us
     rows = max_rows if signature.batched else 1
     run_us = int(_median_us(_times_us(engine, inputs, 1)))
     if rows > 1 and run_us < inline_below_us:
-        run_us = int(_median_us(_times_us(engine, _repeated(inputs, rows), rows)))
+        run_us = int(_median_us(_times_us(engine, inputs, rows)))
     inline = run_us < inline_below_us
     if engine.settle(small=inline):
         _run(engine, inputs, 1)
@@ -179,7 +179,7 @@ def _sample(engine: Engine[Any], inputs: Arrays, max_rows: int) -> tuple[tuple[i
     rows = 1
     while misses < 2:  # one may be bad luck
         began = time.perf_counter()
-        times_us = _times_us(engine, _repeated(inputs, rows), rows)
+        times_us = _times_us(engine, inputs, rows)
         left_us -= (time.perf_counter() - began) * 1e6
         kept_us = times_us[1:] or times_us
         samples += [(rows, run_us) for run_us in kept_us]
@@ -192,10 +192,6 @@ def _sample(engine: Engine[Any], inputs: Arrays, max_rows: int) -> tuple[tuple[i
     return tuple(samples)
 
 
-def _repeated(inputs: Arrays, rows: int) -> Arrays:
-    return tuple([np.repeat(array, rows, axis=0) for array in inputs]) if rows > 1 else inputs
-
-
 def _median_us(times_us: list[float]) -> float:
     ordered = sorted(times_us[1:] or times_us)
     middle = len(ordered) // 2
@@ -203,12 +199,13 @@ def _median_us(times_us: list[float]) -> float:
 
 
 def _times_us(engine: Engine[Any], inputs: Arrays, rows: int) -> list[float]:
-    """Times of a few runs, copying into the slot included; of two where they are long."""
+    """Times of a few runs, of two where they are long; bringing the rows together included, each by its own caller."""
     slot = engine.new_slot(rows)
+    requests = [inputs] * rows
     times_us: list[float] = []
     while len(times_us) <= _TIMED_RUNS:
         started = time.perf_counter()
-        slot.load([inputs], rows)
+        slot.load(requests, rows)
         engine.run(slot, rows)
         times_us.append((time.perf_counter() - started) * 1e6)
         if sum(times_us) > _TIMED_US and len(times_us) > 1:
