@@ -14,6 +14,7 @@ SOURCES := proto server kernels clients/python
 NATIVE := $(wildcard server/forno/server/transport/envoy/native/*.cc server/forno/server/transport/envoy/native/*.h)
 # uv where it is installed, for speed; pip otherwise. Both read their own usual configuration.
 UV := $(shell command -v uv 2>/dev/null)
+pip_install = $(if $(UV),$(UV) pip install -q --python $(1)/bin/python,$(1)/bin/python -m pip install -q)
 TESTS ?= tests
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -49,11 +50,7 @@ check: install  ## style, types, architecture, contract (AGAINST=revision to com
 	@$(BIN)/python tools/check.py $(AGAINST)
 
 deploy-tools: $(STAMP)  ## what `make check` reads deploy/ with, into .venv; helm needs Go, promtool comes with Prometheus
-ifneq ($(UV),)
-	@$(UV) pip install -q --python $(BIN)/python -e '.[deploy]'
-else
-	@$(BIN)/python -m pip install -q -e '.[deploy]'
-endif
+	@$(call pip_install,$(VENV)) -e '.[deploy]'
 	@test -x $(BIN)/helm || ! command -v go >/dev/null || GOBIN=$(CURDIR)/$(BIN) go install $(HELM)
 
 format: $(STAMP)  ## put every file into the house's form
@@ -82,35 +79,22 @@ $(STAMP): pyproject.toml hatch_build.py tools/build_native.py $(NATIVE)
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Forno needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=...")' \
 	  && { $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }; }
 	@echo "installing into $(VENV) ..."
-ifneq ($(UV),)
-	@$(UV) pip install -q --python $(BIN)/python --reinstall-package forno -e '.[$(EXTRAS)]'
-else
-	@$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]'
-endif
+	@$(call pip_install,$(VENV)) $(if $(UV),--reinstall-package forno) -e '.[$(EXTRAS)]'
 	@$(BIN)/python tools/build_native.py
 	@$(BIN)/python -m compileall -q $(SOURCES)  # as an installer does, so that no start has to
 	@touch $@
 
 $(GENERATOR)/installed: tools/generator.txt | $(STAMP)
 	@rm -rf $(GENERATOR)
-ifneq ($(UV),)
-	@$(BIN)/python -m venv --without-pip $(GENERATOR)
-	@$(UV) pip install -q --python $(GENERATOR)/bin/python -r tools/generator.txt
-else
-	@$(BIN)/python -m venv $(GENERATOR)
-	@$(GENERATOR)/bin/python -m pip install -q -r tools/generator.txt
-endif
+	@$(BIN)/python -m venv $(if $(UV),--without-pip) $(GENERATOR)
+	@$(call pip_install,$(GENERATOR)) -r tools/generator.txt
 	@touch $@
 
 $(LOWEST)/installed: pyproject.toml tools/lowest.py | $(STAMP)
 	@rm -rf $(LOWEST)
 	@$(BIN)/python -m venv $(LOWEST)
 	@$(BIN)/python tools/lowest.py > $(LOWEST)/constraints.txt
-ifneq ($(UV),)
-	@FORNO_NATIVE=skip $(UV) pip install -q --python $(LOWEST)/bin/python -c $(LOWEST)/constraints.txt -e '.[$(EXTRAS)]'
-else
-	@FORNO_NATIVE=skip $(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e '.[$(EXTRAS)]'
-endif
+	@FORNO_NATIVE=skip $(call pip_install,$(LOWEST)) -c $(LOWEST)/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 clean:  ## remove all that was made here
