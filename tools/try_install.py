@@ -6,7 +6,6 @@ Usage: `make test-install`. Needs a package index. Takes uv where it is on PATH,
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import run_demo
 from bench.process import free_port
+from installer import pip
 
 ROOT = run_demo.ROOT
 WANTED = ("label = [8]", '"prediction":"spam"', '{"prediction":"7","confidence":1.0}')
@@ -25,12 +25,9 @@ def install(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
-    uv = shutil.which("uv")
-    pip = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
     wanted = f"{next(wheels.glob('*.whl'))}[server,images]"
-    subprocess.run([*pip, "-q", wanted], check=True)
-    listed = [uv, "pip", "list", "--python", str(python)] if uv else [str(python), "-m", "pip", "list"]
-    subprocess.run(listed, check=True)
+    subprocess.run(pip("install", "-q", wanted, python=python), check=True)
+    subprocess.run(pip("list", python=python), check=True)
     return python.parent
 
 

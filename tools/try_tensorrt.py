@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from installer import pip
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/unit/test_tensorrt_api.py"
@@ -36,10 +37,8 @@ def install(wanted: list[str], folder: Path) -> str:
     Returns:
         Why they cannot be had, in one line, or nothing.
     """
-    uv = shutil.which("uv")
-    pip = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
     options = ["-q", "--no-deps", "--only-binary", ":all:", "--target", str(folder)]
-    done = subprocess.run([*pip, *options, *wanted], capture_output=True, text=True, check=False)
+    done = subprocess.run(pip("install", *options, *wanted), capture_output=True, text=True, check=False)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return "" if done.returncode == 0 else [*lines[-1:], "it does not say why"][0]
 
