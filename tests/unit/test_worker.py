@@ -227,11 +227,7 @@ def test_what_was_taken_back_is_refused_at_the_end():
         closing.result()
         assert all(isinstance(each.future.exception(), NotReady) for each in waiting)
         assert bench.batcher.pending_requests == bench.batcher.pending_rows == 0
-        bench.engine.let_run()
-        bench.engine.let_run()
-        for _ in range(3):
-            bench.loop.posted.get(timeout=PATIENCE_S)
-        bench.loop.turn()
+        bench.let_abandoned_end(runs=2)
         assert bench.engine.closed == 1
 
 
@@ -304,11 +300,7 @@ def test_closing_fails_what_the_grace_does_not_cover():
         closing.result()  # although a run still hangs
         assert all(isinstance(each.future.exception(), NotReady) for each in waiting)
         assert bench.engine.closed == 0
-        bench.engine.let_run()
-        bench.engine.let_run()
-        for _ in range(3):
-            bench.loop.posted.get(timeout=PATIENCE_S)
-        bench.loop.turn()
+        bench.let_abandoned_end(runs=2)
         assert bench.engine.closed == 1
         assert not bench.metrics.batches
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from tests.unit.puppets import Clock, PuppetEngine, PuppetLoop, RecordingMetrics, request
+from tests.unit.puppets import PATIENCE_S, Clock, PuppetEngine, PuppetLoop, RecordingMetrics, request
 
 from forno.server.admission import AHEAD
 from forno.server.batcher import Batcher
@@ -137,6 +137,14 @@ class Bench:
     def finish_run(self) -> None:
         self.engine.let_run()
         self.loop.turn_when_posted()
+
+    def let_abandoned_end(self, runs: int) -> None:
+        """Lets runs end for which a closed worker did not wait, and then its thread, which closes the engine."""
+        for _ in range(runs):
+            self.engine.let_run()
+        for _ in range(runs + 1):
+            self.loop.posted.get(timeout=PATIENCE_S)
+        self.loop.turn()
 
     def close(self, grace_s: float = 0) -> None:
         closing = self.loop.create_task(self.worker.close(grace_s))
