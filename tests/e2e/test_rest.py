@@ -177,12 +177,15 @@ def test_a_known_path_by_a_wrong_method_is_405_and_says_what_it_takes(rest_serve
     "path",
     [
         "/v1/models/../models/add:predict",
+        "/v1/./models/add:predict",
         "/v1//models/add:predict",
+        "//v1/models/add:predict",
         "/v1/models%2Fadd:predict",
         "/v1/models/add%00:predict",
     ],
 )
-def test_path_tricks_reach_nothing_else(rest_server, path):
+def test_a_path_counts_as_it_is_written(rest_server, path):
+    """What a proxy before the server refuses by its path is not reached by another way of writing it."""
     connection = http.client.HTTPConnection("127.0.0.1", rest_server.port, timeout=10)
     connection.putrequest("POST", path, skip_host=False)
     body = json.dumps(GOOD).encode()
@@ -192,9 +195,7 @@ def test_path_tricks_reach_nothing_else(rest_server, path):
     reply = connection.getresponse()
     answer = reply.read()
     connection.close()
-    assert reply.status in {200, 400, 404}, answer
-    if reply.status == 200:
-        assert json.loads(answer) == {"outputs": [[15, 17, 19]]}
+    assert reply.status in {400, 404}, answer
 
 
 def test_a_body_over_the_limit_is_413(rest_server):

@@ -141,3 +141,17 @@ def test_a_client_over_its_limit_is_told_when_to_come_again(tmp_path, transport)
         if transport != "grpc":
             reply = server.rest("POST", "/v1/models/alpha:predict", one, ROWS)
             assert (reply.status, reply.headers["retry-after"]) == (429, "2")
+
+
+@pytest.mark.parametrize("transport", ["envoy", "proxy", "grpc"])
+def test_no_header_gives_a_caller_another_address(tmp_path, transport):
+    burst = 40  # of which the start-up of the server may send half
+    limit = {"calls_per_s": 0.01, "burst": burst}
+    with keyed_server(Secured(tmp_path), transport, rate_limit=limit, anonymous=["predict", "health"]) as server:
+        codes = []
+        for number in range(burst + 1):
+            address = f"10.0.0.{number}"
+            headers = {"x-forno-peer": address, "x-forwarded-for": address, "x-envoy-external-address": address}
+            codes.append(server.rpc(PREDICT, predict("alpha"), Credential(headers))[0])
+        assert codes[0] == "OK"
+        assert codes[-1] == "RESOURCE_EXHAUSTED"

@@ -120,9 +120,9 @@ void Worker::open() {
   auto filter = std::make_shared<Filter>();
   filter->worker = this;
   filter->plan = make_plan(random);
-  filter->state = new StreamPtr(std::make_shared<Stream>(inbox()));
-  filter->headers = {{":path", filter->plan.path}, {":method", "POST"}, {"content-type", "application/grpc"}, {"x-a", "1"},
-                     {"x-api-key", filter->plan.known ? "good" + std::to_string(below(random, 9)) : "bad"}};
+  const size_t door = below(random, std::size(kDoors));
+  filter->state = new StreamPtr(std::make_shared<Stream>(inbox(), kDoors[door]));
+  filter->headers = headers_of(filter->plan, door, random);
   if (filter->plan.http) {
     filter->headers[2].second = "application/json";
     if (below(random, 2)) filter->headers.emplace_back("content-length", std::to_string(filter->plan.body.size()));
@@ -217,7 +217,7 @@ class Loop {
     if (event.kind == EventKind::kCall) {
       CHECK(!calls_.count(event.stream.get()));
       if (event.stream->gone()) return;
-      CHECK(event.stream->metadata == std::string("x-a\0001\0", 6) + event.stream->credential);
+      check_caller(*event.stream);
       if (is_unknown(*event.stream)) {  // which the end of the request came too early to ask
         CHECK(event.stream->http && event.message.view().empty());
         return turn_away(*event.stream);

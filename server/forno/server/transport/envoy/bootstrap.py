@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from forno.server.config import SecuritySettings
-    from forno.server.transport.envoy.ends import End
+    from forno.server.transport.envoy.ends import Door, End
 
 DESCRIPTORS = Path(__file__).parent / "forno.pb"
 """Descriptor set of the services below, with imports; made by `make proto`."""
@@ -67,9 +67,9 @@ class Listener:
 
 def render(listener: Listener, end: End) -> dict[str, Any]:
     """The bootstrap document."""
-    listeners = [_listener(listener, end)]
+    listeners = [_listener(listener, end, "inner" if listener.inner else "public")]
     if listener.admin_address:
-        listeners.append(_listener(listener, end, admin=True))
+        listeners.append(_listener(listener, end, "admin"))
     return {
         "node": doors.NODE,
         "admin": {"address": {"pipe": {"path": str(listener.admin_socket), "mode": 0o600}}},
@@ -81,14 +81,15 @@ def render(listener: Listener, end: End) -> dict[str, Any]:
     }
 
 
-def _listener(listener: Listener, end: End, *, admin: bool = False) -> dict[str, Any]:
+def _listener(listener: Listener, end: End, door: Door) -> dict[str, Any]:
+    admin = door == "admin"
     return {
-        "name": "admin" if admin else "public",
+        "name": door,
         "ignore_global_conn_limit": admin,  # who looks after a full server gets in
         "address": _address(listener, listener.admin_address if admin else None),
         "enable_reuse_port": False,  # two servers on one port would silently share its connections
         "per_connection_buffer_limit_bytes": CONNECTION_BUFFER_BYTES,
-        "filter_chains": [_filter_chain(listener, end, admin)],
+        "filter_chains": [_filter_chain(listener, end, door)],
     }
 
 
@@ -99,19 +100,19 @@ def _address(listener: Listener, other: Address | None) -> dict[str, Any]:
     return {"socket_address": {"address": address.host, "port_value": address.port}}
 
 
-def _filter_chain(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
-    manager = _connection_manager(listener, end, admin)
+def _filter_chain(listener: Listener, end: End, door: Door) -> dict[str, Any]:
+    manager = _connection_manager(listener, end, door)
     chain: dict[str, Any] = {
         "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
     }
-    if listener.security and listener.secrets and not admin:
+    if listener.security and listener.secrets and door != "admin":
         chain["transport_socket_connect_timeout"] = "30s"  # as long as headers may take
         chain["transport_socket"] = doors.transport_socket(listener.security.tls, listener.secrets)
     return chain
 
 
-def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, Any]:
-    security = listener.security
+def _connection_manager(listener: Listener, end: End, door: Door) -> dict[str, Any]:
+    security, admin = listener.security, door == "admin"
     mutual = bool(security and security.tls.client_ca_file and listener.secrets and not admin)
     cors = security.cors if security and security.cors.origins and not admin else None
     host: dict[str, Any] = {
@@ -124,22 +125,20 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         if end.clusters():
             host["routes"].insert(-1, doors.cors_route())
         host["typed_per_filter_config"] = doors.cors_policy(cors)
-    if end.clusters() and not listener.inner:
+    if end.clusters() and door != "inner":
         host["request_headers_to_add"] = doors.peer()
     # Of calls whose route is not known before their body is whole, and of answers that nobody takes. Not before the
     # module: see its routes.
     longest = {"common_http_protocol_options": {"max_stream_duration": f"{listener.max_call_s:.3f}s"}}
     return {
-        **doors.believed(inner=listener.inner, admin=admin, mutual=mutual),
+        **doors.believed(door, mutual=mutual, forwarded=bool(end.clusters())),
         **(longest if end.clusters() else {}),
         "@type": f"{TYPES}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": STAT_PREFIX,
         "codec_type": "AUTO",
         "server_name": "forno",
         "generate_request_id": False,  # nobody asks for it, and what a caller sends comes as it is
-        "normalize_path": True,
-        "merge_slashes": True,
-        "path_with_escaped_slashes_action": "REJECT_REQUEST",
+        # Paths count as they are written: what a proxy before this one has looked at is what is called here.
         "stream_idle_timeout": f"{listener.max_call_s:.3f}s",
         "request_headers_timeout": "30s",
         "http2_protocol_options": {
@@ -157,8 +156,8 @@ def _connection_manager(listener: Listener, end: End, admin: bool) -> dict[str, 
         "http_filters": [
             *([doors.cors_filter()] if cors else []),  # first: its questions carry no credential
             *([ceilings.refuser()] if listener.max_heap_bytes and not admin else []),
-            *([] if listener.inner else [_transcoder(listener)]),
-            end.filter(),
+            *([] if door == "inner" else [_transcoder(listener)]),
+            end.filter(door),
         ],
     }
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from forno.server.config import CorsSettings, TlsSettings
+    from forno.server.transport.envoy.ends import Door
 
 NODE = {"id": "forno", "cluster": "forno"}
 """Envoy wants a name for itself where it watches files."""
@@ -108,34 +109,32 @@ def transport_socket(settings: TlsSettings, folder: Path) -> dict[str, Any]:
     }
 
 
-def believed(*, inner: bool, admin: bool = False, mutual: bool = False) -> dict[str, Any]:
+def believed(door: Door, *, mutual: bool = False, forwarded: bool = True) -> dict[str, Any]:
     """What a connection manager takes from a caller's headers, and what it writes into them.
 
     Args:
-        inner: Whether only an edge of ours calls: its word is taken.
-        admin: Whether this is the listener for administration.
+        door: Where the caller comes in.
         mutual: Whether clients may show certificates.
+        forwarded: Whether headers go on to another process. The module of this one knows by itself what came in where,
+            and looks past the headers by which processes tell each other: taking them out would be a twentieth of what
+            Envoy does for a small call.
     """
-    if inner:
+    if door == "inner":
         return {"use_remote_address": False, "forward_client_cert_details": "ALWAYS_FORWARD_ONLY"}
-    # The transcoder alone may say which REST path a call came by, and we alone who calls, and where.
-    removed = ("x-envoy-original-path", "x-envoy-original-method", DOOR, PEER, _NOWHERE)
-    mutations: list[dict[str, Any]] = [{"remove": name} for name in removed]
-    if admin:
-        mutations.append({"append": {"header": {"key": DOOR, "value": ADMIN}}})
     manager: dict[str, Any] = {
         "use_remote_address": True,  # headers of Envoy's own that a caller sends are dropped
         "forward_client_cert_details": "SANITIZE_SET" if mutual else "SANITIZE",
-        "early_header_mutation_extensions": [
-            {
-                "name": "strip",
-                "typed_config": {
-                    "@type": f"{TYPES}.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-                    "mutations": mutations,
-                },
-            }
-        ],
     }
+    if forwarded:
+        # The transcoder alone may say which REST path a call came by, and we alone who calls, and where.
+        removed = ("x-envoy-original-path", "x-envoy-original-method", DOOR, PEER, _NOWHERE)
+        mutations: list[dict[str, Any]] = [{"remove": name} for name in removed]
+        if door == "admin":
+            mutations.append({"append": {"header": {"key": DOOR, "value": ADMIN}}})
+        mutation = f"{TYPES}.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"
+        manager["early_header_mutation_extensions"] = [
+            {"name": "strip", "typed_config": {"@type": mutation, "mutations": mutations}}
+        ]
     if mutual:
         # Whole: a name in it may hold what separates names in a list (certificates.py).
         manager["set_current_client_cert_details"] = {"cert": True}

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Door = Literal["public", "admin", "inner"]
+"""Where calls come in: at the public address, at the one for administration, or from an edge of ours, whose word is taken."""
 
 TYPES = "type.googleapis.com/envoy"
 STRING = "type.googleapis.com/google.protobuf.StringValue"
@@ -35,8 +38,8 @@ _WITHOUT_TRANSCODER = {"rest": {"@type": f"{TYPES}.config.route.v3.FilterConfig"
 class End(Protocol):
     """The end of the chain, as parts of Envoy's configuration."""
 
-    def filter(self) -> dict[str, Any]:
-        """The last HTTP filter."""
+    def filter(self, door: Door) -> dict[str, Any]:
+        """The last HTTP filter, of calls that come in there."""
 
     def routes(self) -> list[dict[str, Any]]:
         """The routes, in the order in which they are tried."""
@@ -52,15 +55,15 @@ class ModuleEnd:
     function: str  # "package.module:function", called on a thread of its own
     argument: str  # what it gets
 
-    def filter(self) -> dict[str, Any]:
-        """The module."""
+    def filter(self, door: Door) -> dict[str, Any]:
+        """The module, which takes from callers' headers what may come in there."""
         return {
             "name": "forno",
             "typed_config": {
                 "@type": f"{TYPES}.extensions.filters.http.dynamic_modules.v3.DynamicModuleFilter",
                 "dynamic_module_config": _module(),
                 "filter_name": "forno",
-                "filter_config": {"@type": STRING, "value": f"{self.function}\n{self.argument}"},
+                "filter_config": {"@type": STRING, "value": f"{door}\n{self.function}\n{self.argument}"},
                 "terminal_filter": True,
             },
         }
@@ -83,7 +86,7 @@ class ProxyEnd:
 
     socket: Path  # the Unix socket it listens on
 
-    def filter(self) -> dict[str, Any]:
+    def filter(self, door: Door) -> dict[str, Any]:  # noqa: ARG002  (the connection manager sees to it)
         """A router."""
         return router()
 

@@ -17,6 +17,7 @@
 namespace {
 
 std::string& application = *new std::string;  // "module:function\nargument"
+constexpr Door kDoors[] = {Door::kPublic, Door::kAdmin, Door::kInner};
 std::promise<void>& finished = *new std::promise<void>;
 std::future<void>& python_ended = *new std::future<void>(finished.get_future());
 bool python_started = false;
@@ -69,23 +70,26 @@ StreamPtr state_of(void* state) { return *static_cast<StreamPtr*>(state); }
 
 HOOK const char* envoy_dynamic_module_on_program_init() { return "v0.2.0"; }
 
-// Main thread. The configuration is "module:function\nargument"; empty where Envoy only validates its file.
-HOOK void* envoy_dynamic_module_on_http_filter_config_new(void*, Buffer, Buffer config) {
-  application.assign(config.data, config.size);
+// Main thread, once for each listener. The configuration is "door\nmodule:function\nargument".
+HOOK const void* envoy_dynamic_module_on_http_filter_config_new(void*, Buffer, Buffer config) {
+  const std::string_view text(config.data, config.size);
+  const size_t door_end = text.find('\n');
+  application.assign(text.substr(door_end + 1));
   if (!getenv("FORNO_VALIDATE") && !python_started && !start_python()) return nullptr;
-  return &inbox;
+  const std::string_view door = text.substr(0, door_end);
+  return &kDoors[door == "inner" ? 2 : door == "admin" ? 1 : 0];
 }
 
 // Main thread, at shutdown, when no worker runs any more. The application has been drained before by its supervisor;
 // this lets its thread end, so that nothing of it runs while the process takes itself apart.
-HOOK void envoy_dynamic_module_on_http_filter_config_destroy(void*) {
+HOOK void envoy_dynamic_module_on_http_filter_config_destroy(const void*) {
   if (!python_started) return;
   inbox.push({EventKind::kStop, nullptr, {}});
   python_ended.wait_for(std::chrono::seconds(10));
 }
 
-HOOK void* envoy_dynamic_module_on_http_filter_new(void*, void*) {
-  return new StreamPtr(std::make_shared<Stream>(inbox));
+HOOK void* envoy_dynamic_module_on_http_filter_new(const void* door, void*) {
+  return new StreamPtr(std::make_shared<Stream>(inbox, *static_cast<const Door*>(door)));
 }
 HOOK void envoy_dynamic_module_on_http_filter_destroy(void* state) {
   state_of(state)->on_gone();

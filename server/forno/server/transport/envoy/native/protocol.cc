@@ -83,6 +83,7 @@ bool is_transport_header(std::string_view key) {
 }
 
 bool is_credential_header(std::string_view key) {
-  return key == "authorization" || key == "x-api-key" || key == "x-forwarded-client-cert" || key == "x-forno-door" ||
-         key == "x-forno-peer";
+  return key == "authorization" || key == "x-api-key" || key == "x-forwarded-client-cert";
 }
+
+bool is_edge_header(std::string_view key) { return key == "x-forno-door" || key == "x-forno-peer"; }

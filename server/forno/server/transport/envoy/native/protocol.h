@@ -42,5 +42,8 @@ int64_t timeout_ms_us(std::string_view text);
 // Whether a header belongs to the transport, not to the application's metadata.
 bool is_transport_header(std::string_view key);
 
-// Whether a header says who calls; the list is that of security/guard.py.
+// Whether a header says who calls; with those below, the list is that of security/headers.py.
 bool is_credential_header(std::string_view key);
+
+// Whether it is one by which an edge of ours says so. Of anybody else nobody reads it.
+bool is_edge_header(std::string_view key);

@@ -30,6 +30,9 @@ struct Message {
   std::string_view view() const { return std::string_view(bytes).substr(begin); }
 };
 
+// Where a call came in (ends.py): at the public address, at the one for administration, or from an edge of ours.
+enum class Door { kPublic, kAdmin, kInner };
+
 // Something to be copied into an answer.
 using Piece = std::string_view;
 
@@ -92,7 +95,7 @@ struct Methods {
 // Envoy destroys it) and the loop's Call. After `gone` nothing touches Envoy on its behalf.
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
-  explicit Stream(Inbox& inbox) : inbox_(inbox) {}
+  Stream(Inbox& inbox, Door door) : inbox_(inbox), door_(door) {}
   ~Stream();
 
   // Worker side.
@@ -163,6 +166,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   Message message_of(std::string bytes, size_t begin, bool compressed) const;
 
   Inbox& inbox_;
+  const Door door_;
 
   // Loop only.
   std::deque<Message> waiting_;
