@@ -117,9 +117,11 @@ class Events {
 }  // namespace
 
 PyObject* take(PyObject*, PyObject*) {
-  std::vector<Event> taken = inbox.take();
+  static std::vector<Event>& taken = *new std::vector<Event>;
+  inbox.take(taken);
   cork();
   Events events;
   for (size_t i = 0; events.good() && i < taken.size(); i++) events.add(taken[i]);
+  taken.clear();
   return events.finish();
 }

@@ -53,10 +53,13 @@ void cork();
 class Buffers {
  public:
   ~Buffers();
-  bool take(PyObject* sequence);  // false with an error set
-  size_t size() const { return views_.size(); }
+  bool take(PyObject* sequence);  // once; false with an error set
+  size_t size() const { return count_; }
   Piece operator[](size_t i) const { return {static_cast<const char*>(views_[i].buf), static_cast<size_t>(views_[i].len)}; }
 
  private:
-  std::vector<Py_buffer> views_;
+  Py_buffer few_[8];  // an answer of one tensor has fewer
+  std::vector<Py_buffer> many_;
+  Py_buffer* views_ = few_;
+  size_t count_ = 0;
 };

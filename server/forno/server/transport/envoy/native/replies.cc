@@ -340,19 +340,22 @@ void set_fail_hook(PyObject* hook) {
 }
 
 Buffers::~Buffers() {
-  for (Py_buffer& view : views_) PyBuffer_Release(&view);
+  for (size_t i = 0; i < count_; i++) PyBuffer_Release(&views_[i]);
 }
 
 bool Buffers::take(PyObject* sequence) {
   PyObject* items = PySequence_Fast(sequence, "an answer is a sequence of buffers");
   if (!items) return false;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
-  views_.reserve(static_cast<size_t>(count));
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(items));
+  if (count > std::size(few_)) {
+    many_.resize(count);
+    views_ = many_.data();
+  }
   bool good = true;
-  for (Py_ssize_t i = 0; good && i < count; i++) {
-    Py_buffer view;
-    good = PyObject_GetBuffer(PySequence_Fast_GET_ITEM(items, i), &view, PyBUF_C_CONTIGUOUS) == 0;
-    if (good) views_.push_back(view);
+  while (good && count_ < count) {
+    PyObject* item = PySequence_Fast_GET_ITEM(items, static_cast<Py_ssize_t>(count_));
+    good = PyObject_GetBuffer(item, &views_[count_], PyBUF_C_CONTIGUOUS) == 0;
+    if (good) count_++;
   }
   Py_DECREF(items);
   return good;

@@ -4,6 +4,7 @@ namespace {
 
 constexpr size_t kMaxKeyBytes = 4096;
 constexpr size_t kMaxIdBytes = 128;
+constexpr size_t kUsualKeyBytes = 96;  // names of a model and its tensors, types, shapes
 enum WireType : uint32_t { kVarint = 0, kFixed64 = 1, kDelimited = 2, kFixed32 = 5 };
 
 // A reader of protobuf's wire format (protobuf.dev, "Encoding"). `good` turns false at the first fault and stays so.
@@ -133,6 +134,7 @@ struct Finder {
 
 Split split_request(std::string_view message, const Layout& layout, std::vector<uint64_t>* spans) {
   Split out;
+  out.key.reserve(kUsualKeyBytes);
   Finder finder{layout, out, spans};
   if (!(layout.item_request ? finder.item(message) : finder.request(message, 0))) out = Split{};
   return out;

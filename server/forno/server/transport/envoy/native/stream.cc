@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 namespace {
@@ -58,12 +59,14 @@ void Stream::take_body(void* filter, int type) {
   }
   const size_t count = envoy_dynamic_module_callback_http_get_body_chunks_size(filter, type);
   if (!count) return;
-  std::vector<Buffer> chunks(count);
-  envoy_dynamic_module_callback_http_get_body_chunks(filter, type, chunks.data());
+  Buffer few[4];
+  std::vector<Buffer> many(count > std::size(few) ? count : 0);
+  Buffer* const chunks = many.empty() ? few : many.data();
+  envoy_dynamic_module_callback_http_get_body_chunks(filter, type, chunks);
   size_t total = 0;
-  for (const Buffer& chunk : chunks) {
-    append_body(chunk);
-    total += chunk.size;
+  for (size_t i = 0; i < count; i++) {
+    append_body(chunks[i]);
+    total += chunks[i].size;
   }
   if (type == kBufferedRequestBody) envoy_dynamic_module_callback_http_drain_body(filter, type, total);
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -66,7 +66,7 @@ class Inbox {
   int fd() const { return fd_; }
   void push(Event event);
   void push(std::vector<Event> events);
-  std::vector<Event> take();
+  void take(std::vector<Event>& into);  // an empty one, whose memory serves the events to come
 
  private:
   void wake();
@@ -169,7 +169,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   const Door door_;
 
   // Loop only.
-  std::deque<Message> waiting_;
+  std::list<Message> waiting_;  // a deque takes memory even where it stays empty, as of unary calls
   size_t items_ = 0;  // let go and not done
   bool release_due_ = false;
   bool want_items_done_ = false;

@@ -46,13 +46,11 @@ void Inbox::wake() {
   if (write(fd_, &one, sizeof one) < 0) return;  // full counter: the loop is awake anyway
 }
 
-std::vector<Event> Inbox::take() {
+void Inbox::take(std::vector<Event>& into) {
   uint64_t count;
   if (read(fd_, &count, sizeof count) < 0) count = 0;
-  std::vector<Event> events;
   std::lock_guard<std::mutex> lock(mutex_);
-  events.swap(events_);
-  return events;
+  into.swap(events_);
 }
 
 void Stream::schedule(std::unique_lock<std::mutex> lock) {
