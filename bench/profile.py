@@ -44,7 +44,7 @@ class EnvoyAlone:
 
     answer: bytes
 
-    def filter(self) -> dict[str, Any]:
+    def filter(self, _door: str) -> dict[str, Any]:
         """The router, which knows the answer."""
         kind = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"
         return {"name": "envoy.filters.http.router", "typed_config": {"@type": kind}}

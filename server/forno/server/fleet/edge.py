@@ -56,7 +56,7 @@ class EdgeEnd:
     rest: bool
     """Whether replicas take REST calls as they come, where they need no transcoder: those inside Envoy do."""
 
-    def filter(self, door: ends.Door) -> dict[str, Any]:  # noqa: ARG002  (the connection manager sees to it)
+    def filter(self, door: ends.Door) -> dict[str, Any]:
         """A router."""
         return ends.router()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Door = Literal["public", "admin", "inner"]
-"""Where calls come in: at the public address, at the one for administration, or from an edge of ours, whose word is taken."""
+"""Where calls come in: the public address, that of administration, or an edge of ours, whose word is taken."""
 
 TYPES = "type.googleapis.com/envoy"
 STRING = "type.googleapis.com/google.protobuf.StringValue"
@@ -86,7 +86,7 @@ class ProxyEnd:
 
     socket: Path  # the Unix socket it listens on
 
-    def filter(self, door: Door) -> dict[str, Any]:  # noqa: ARG002  (the connection manager sees to it)
+    def filter(self, door: Door) -> dict[str, Any]:
         """A router."""
         return router()
 

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr long long kNeverUs = 1LL << 62;  // as request.py's NEVER_US
+constexpr size_t kLargeBytes = 64 * 1024;
 
 struct Reply {
   PyObject_HEAD
@@ -66,8 +67,9 @@ void finish(Reply* reply) {
   }
 }
 
-void commit(const StreamPtr& stream) {
-  if (!corked) return stream->commit();
+// A large answer leaves at once: the worker sends it while the next one is copied.
+void commit(const StreamPtr& stream, size_t size) {
+  if (!corked || size >= kLargeBytes) return stream->commit();
   if (uncommitted.empty() || uncommitted.back() != stream) uncommitted.push_back(stream);
 }
 
@@ -76,7 +78,9 @@ void answer(Reply* reply, const Piece* pieces, size_t count) {
   reply->stream->reply(pieces, count);
   finish(reply);
   if (reply->is_item) reply->stream->item_done(reply->message.bytes.size());
-  commit(reply->stream);
+  size_t size = 0;
+  for (size_t i = 0; i < count; i++) size += pieces[i].size();
+  commit(reply->stream, size);
 }
 
 size_t put_varint(char* out, uint64_t value) {
