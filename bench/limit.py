@@ -49,13 +49,19 @@ def session_of(path: Path, threads: int) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def grid(model: str) -> list[Setting]:
-    """The settings worth trying for a model on this machine."""
+def grid(model: str, most_callers: int = 0) -> list[Setting]:
+    """The settings worth trying for a model on this machine.
+
+    Args:
+        model: Its name.
+        most_callers: No more threads that call the session at once; 0 = as many as pay.
+    """
     cores = len(os.sched_getaffinity(0))
     if model == "tiny":
         return [Setting(rows, 1) for rows in (1, 8, 32)]
     one_caller = [Setting(rows, threads) for rows in (1, 4, 8) for threads in sorted({1, cores})]
-    return [*one_caller, Setting(1, 1, cores), Setting(4, 1, cores)]
+    many = [Setting(rows, 1, cores) for rows in (1, 4)] if not most_callers or most_callers >= cores else []
+    return [*one_caller, *many]
 
 
 def measure(model: str, setting: Setting, seconds: float) -> Speed:

@@ -143,6 +143,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
     parser.add_argument("--quick", action="store_true", help="1 round of 0.5 s: does it all run?")
+    parser.add_argument("--limit-callers", type=int, default=0,
+                        help="most threads that call the runtime at once where it is the limit; 0 = as many as pay. "
+                        "1 is what a server of one instance has: one run at a time, by all cores")  # fmt: skip
     parser.add_argument("--base", default="", help="server to which ratios are shown; limit is one")
     return parser.parse_args(argv)
 
@@ -159,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     models_wanted = arguments.models.split(",")
     names = arguments.servers.split(",") if arguments.servers else [subject.name for subject in SUBJECTS]
     chosen = [subject for subject in SUBJECTS if subject.name in names and model_of(subject) in models_wanted]
-    grids = {model: measure_limit(model, limit.grid(model), min(seconds, 2.0)) for model in models_wanted}
+    settings = {model: limit.grid(model, arguments.limit_callers) for model in models_wanted}
+    grids = {model: measure_limit(model, settings[model], min(seconds, 2.0)) for model in models_wanted}
     records: list[Record] = []
     problems: list[str] = []
     for number in range(1, rounds + 1):
