@@ -54,14 +54,14 @@ def grid(model: str, most_callers: int = 0) -> list[Setting]:
 
     Args:
         model: Its name.
-        most_callers: No more threads that call the session at once; 0 = as many as pay.
+        most_callers: No more threads that call the session at once; 0 = as many as there are cores.
     """
     cores = len(os.sched_getaffinity(0))
     if model == "tiny":
         return [Setting(rows, 1) for rows in (1, 8, 32)]
     one_caller = [Setting(rows, threads) for rows in (1, 4, 8) for threads in sorted({1, cores})]
-    many = [Setting(rows, 1, cores) for rows in (1, 4)] if not most_callers or most_callers >= cores else []
-    return [*one_caller, *many]
+    callers = min(cores, most_callers or cores)
+    return one_caller if callers == 1 else [*one_caller, Setting(1, 1, callers), Setting(4, 1, callers)]
 
 
 def measure(model: str, setting: Setting, seconds: float) -> Speed:

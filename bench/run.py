@@ -144,7 +144,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
     parser.add_argument("--quick", action="store_true", help="1 round of 0.5 s: does it all run?")
     parser.add_argument("--limit-callers", type=int, default=0,
-                        help="most threads that call the runtime at once where it is the limit; 0 = as many as pay. "
+                        help="most threads that call the runtime at once where it is the limit; 0 = a core each. "
                         "1 is what a server of one instance has: one run at a time, by all cores")  # fmt: skip
     parser.add_argument("--base", default="", help="server to which ratios are shown; limit is one")
     return parser.parse_args(argv)

@@ -184,8 +184,8 @@ def test_a_known_path_by_a_wrong_method_is_405_and_says_what_it_takes(rest_serve
         "/v1/models/add%00:predict",
     ],
 )
-def test_a_path_counts_as_it_is_written(rest_server, path):
-    """What a proxy before the server refuses by its path is not reached by another way of writing it."""
+def test_no_path_is_normalised(rest_server, path):
+    """What a proxy before the server refuses by its path is not reached by dots, slashes or escaped slashes."""
     connection = http.client.HTTPConnection("127.0.0.1", rest_server.port, timeout=10)
     connection.putrequest("POST", path, skip_host=False)
     body = json.dumps(GOOD).encode()

@@ -94,22 +94,3 @@ def test_a_size_is_tried_only_where_so_many_rows_wait():
     sizes = serve(made, lambda rows: 1000 + rows, 500, waiting=7)
     assert made.cap == 4
     assert max(sizes) == 4
-
-
-LARGE = ((512, 512), (512, 512))
-
-
-def test_large_rows_of_a_new_shape_begin_alone_and_go_together_where_that_pays():
-    made = tuner().for_shape(LARGE)
-    assert set(serve(made, lambda rows: 1_000 + 1_000 * rows, 8, waiting=4)) <= {1, 2}
-    assert serve(made, lambda rows: 5_000 + rows, 400, waiting=4)[-1] == 4
-    alone = tuner().for_shape(LARGE)
-    assert serve(alone, lambda rows: 1_000 * rows, 400, waiting=4)[-1] == 1
-
-
-def test_small_rows_of_a_new_shape_begin_as_others_of_their_model_do():
-    made = tuner()
-    serve(made, lambda rows: 20_000 * rows)
-    assert made.for_shape(((10,),)).cap == made.cap
-    assert made.for_shape(LARGE).for_shape(((10,),)).cap == 32
-    assert tuner(max_rows=16).for_shape(LARGE).cap == 16

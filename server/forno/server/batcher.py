@@ -256,7 +256,7 @@ class Batcher:
         if tuner is None:
             if len(self._tuners) >= _MOST_SHAPES:
                 del self._tuners[next(iter(self._tuners))]
-            tuner = self._tuners[key] = self._tuner.for_shape(key)
+            tuner = self._tuners[key] = Tuner(self._settings, self._max_rows, self._tuner.cap)
         return tuner
 
     def _admit(self, request: Request, group: Group | None, tuner: Tuner) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forno.server.config import BatchingSettings
-    from forno.server.request import Batch, RowShapes
+    from forno.server.request import Batch
 
 _WORTH_GROWING = math.log(1.01)
 _WORTH_SHRINKING = math.log(0.995)
@@ -49,10 +49,6 @@ _MOST_FULL = 1024
 """Full batches before a contest; doubled while contests change nothing."""
 _REST = 8
 """And so many at least for each pair of the last one: what the worse size costs stays small while that is found out."""
-_LARGE_ROW = 256 * 1024
-"""With rows of so many elements, what lies between two runs is work for each row, which running together does not save.
-So only what the model itself gains counts. That is found out from one row on: from 32 down, contests would need enough
-callers for full batches."""
 _NEWS = 1.5
 """What runs cost has changed by so much: contests become frequent again."""
 
@@ -112,22 +108,19 @@ class Tuner:
     Args:
         settings: Which values are fixed, and the latency to aim for.
         max_rows: Most rows of a run.
-        cap: Rows to begin with, where that is not fixed; 0 = `max_rows`.
+        cap: Rows to begin with.
     """
 
-    _large = False
-
     def __init__(self, settings: BatchingSettings, max_rows: int, cap: int = 0) -> None:
-        self._settings = settings
         given = settings.model_fields_set
         off = settings.tune == "off"
         self.cost = Cost(max_rows)
+        self.cap = cap or max_rows  # of a batch behind which nothing waits, as `limit` has it
         self.company = Company()
         self.delay_us = settings.max_delay_us if max_rows > 1 else 0
+        self._best = self.cap  # the rows of the best rate known
         self._max_rows = max_rows
         self._fixed_cap = off or max_rows == 1 or "max_rows" in given
-        self.cap = max_rows if self._fixed_cap or not cap else cap  # behind which nothing waits, as `limit` has it
-        self._best = self.cap  # the rows of the best rate known
         self._target_us = 0 if off else settings.latency_target_ms * 1000
         self._countdown = _REVIEW_RUNS
         self._contest: _Contest | None = None
@@ -147,14 +140,6 @@ class Tuner:
             rates = {rows: rows / (us + self._around_us) for rows, us in sorted(least_us.items())}
             self._best = next(rows for rows, rate in rates.items() if rate >= max(rates.values()) * _NEAR_BEST)
         self.review()
-
-    def for_shape(self, row_shapes: RowShapes) -> Tuner:
-        """One for rows of another shape, of which nothing is known but what this one has found."""
-        large = sum([math.prod(shape) for shape in row_shapes]) >= _LARGE_ROW
-        made = Tuner(self._settings, self._max_rows, 1 if large else 0 if self._large else self.cap)
-        if large:
-            made._large, made._around_us = True, 0.0
-        return made
 
     def limit(self, waiting_rows: int) -> int:
         """Most rows of the batch that is made now of so many that wait."""
@@ -180,7 +165,7 @@ class Tuner:
         self.cost.learn(rows, run_us)
         if self._fixed_cap:
             return
-        if gap_us is not None and not self._large:
+        if gap_us is not None:
             self._around_us += (min(gap_us, _MOST_AROUND * self._around_us + 1) - self._around_us) / _AROUND_RUNS
         contest = self._contest
         if contest is not None and rows > limit * _FULL and limit in (self._best, contest.rows):

@@ -8,7 +8,7 @@ CALLERS_KEYS = frozenset((AUTHORIZATION, API_KEY))
 """Metadata keys by which callers say who they are."""
 
 EDGE_KEYS = CALLERS_KEYS | {FORWARDED_CERTIFICATE, PEER, DOOR}
-"""Those and the ones by which our own Envoy says who they are, after it has removed what callers sent of them.
+"""Those and the ones by which our own Envoy says who they are; what callers send of them counts nowhere.
 CERTIFICATE is no metadata key: a transport that sees certificates itself gives it, in PEM, beside the metadata."""
 
 ADMIN = "admin"

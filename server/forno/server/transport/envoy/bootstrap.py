@@ -138,7 +138,7 @@ def _connection_manager(listener: Listener, end: End, door: Door) -> dict[str, A
         "codec_type": "AUTO",
         "server_name": "forno",
         "generate_request_id": False,  # nobody asks for it, and what a caller sends comes as it is
-        # Paths count as they are written: what a proxy before this one has looked at is what is called here.
+        # No path is normalised: what a proxy before this one refuses is not reached by dots or more slashes.
         "stream_idle_timeout": f"{listener.max_call_s:.3f}s",
         "request_headers_timeout": "30s",
         "http2_protocol_options": {

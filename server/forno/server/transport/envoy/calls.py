@@ -145,7 +145,7 @@ class Native(Protocol):
         """
 
     def take(self) -> list[Event]:
-        """All events that wait. Answers then wait for `flush`."""
+        """All events that wait. Small answers then wait for `flush`."""
 
     def flush(self) -> None:
         """Lets all answers leave that were given since `take`."""

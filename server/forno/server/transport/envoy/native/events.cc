@@ -3,6 +3,8 @@
 
 namespace {
 
+constexpr size_t kKeptEvents = 4096;  // for so many, memory is kept from turn to turn
+
 PyObject* bytes_of(std::string_view data) { return PyBytes_FromStringAndSize(data.data(), static_cast<Py_ssize_t>(data.size())); }
 
 // The list of events that `take` makes.
@@ -123,5 +125,6 @@ PyObject* take(PyObject*, PyObject*) {
   Events events;
   for (size_t i = 0; events.good() && i < taken.size(); i++) events.add(taken[i]);
   taken.clear();
+  if (taken.capacity() > kKeptEvents) taken.shrink_to_fit();
   return events.finish();
 }

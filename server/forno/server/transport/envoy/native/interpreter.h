@@ -46,12 +46,15 @@ PyObject* make_reply(const StreamPtr& stream, Message message);
 void drop_replies(Stream& stream);
 // Called with a Reply and its error, or a size in bytes that is over the limit.
 void set_fail_hook(PyObject* hook);
-// From now on answers wait for the next `flush`, and leave together.
+// From now on answers wait for the next `flush`, and leave together; large ones leave at once.
 void cork();
 
 // Takes the buffers of a sequence, and hands them over as pieces.
 class Buffers {
  public:
+  Buffers() = default;
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
   ~Buffers();
   bool take(PyObject* sequence);  // once; false with an error set
   size_t size() const { return count_; }

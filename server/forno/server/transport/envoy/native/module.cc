@@ -74,8 +74,10 @@ HOOK const char* envoy_dynamic_module_on_program_init() { return "v0.2.0"; }
 HOOK const void* envoy_dynamic_module_on_http_filter_config_new(void*, Buffer, Buffer config) {
   const std::string_view text(config.data, config.size);
   const size_t door_end = text.find('\n');
-  application.assign(text.substr(door_end + 1));
-  if (!getenv("FORNO_VALIDATE") && !python_started && !start_python()) return nullptr;
+  if (!getenv("FORNO_VALIDATE") && !python_started) {
+    application.assign(text.substr(door_end + 1));
+    if (!start_python()) return nullptr;
+  }
   const std::string_view door = text.substr(0, door_end);
   return &kDoors[door == "inner" ? 2 : door == "admin" ? 1 : 0];
 }

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr long long kNeverUs = 1LL << 62;  // as request.py's NEVER_US
-constexpr size_t kLargeBytes = 64 * 1024;
+constexpr size_t kLargeAnswerBytes = 64 * 1024;
 
 struct Reply {
   PyObject_HEAD
@@ -32,7 +32,7 @@ Reply* unary = nullptr;  // those of unary calls that have not been answered
 Py_ssize_t unary_count = 0;
 std::vector<uint64_t>& answered = *new std::vector<uint64_t>;  // unary successes by method since they were last read
 
-// Calls with answers that have not left: they leave together, when `flush` is called.
+// Calls with small answers that have not left: they leave together, when `flush` is called.
 bool corked = false;
 std::vector<StreamPtr>& uncommitted = *new std::vector<StreamPtr>;
 
@@ -69,7 +69,7 @@ void finish(Reply* reply) {
 
 // A large answer leaves at once: the worker sends it while the next one is copied.
 void commit(const StreamPtr& stream, size_t size) {
-  if (!corked || size >= kLargeBytes) return stream->commit();
+  if (!corked || size >= kLargeAnswerBytes) return stream->commit();
   if (uncommitted.empty() || uncommitted.back() != stream) uncommitted.push_back(stream);
 }
 
@@ -304,7 +304,7 @@ PyObject* unanswered(PyObject*, PyObject*) {
 }
 
 PyMethodDef functions[] = {
-    {"flush", flush, METH_NOARGS, "Lets all answers leave that were given since `take`."},
+    {"flush", flush, METH_NOARGS, "Lets all answers leave that were given since `take` and have not left."},
     {"take_answered", take_answered, METH_NOARGS, "Unary successes since the last time: [(method, how many)]."},
     {"unanswered", unanswered, METH_NOARGS, "The Replies of unary calls that have no answer yet."},
     {nullptr, nullptr, 0, nullptr}};

@@ -1,6 +1,4 @@
 // How a Stream begins: what a call's headers say of it.
-#include <utility>
-
 #include "stream.h"
 
 namespace {
