@@ -103,6 +103,21 @@ def test_each_answer_is_its_own_requests(server):
     assert not errors, errors
 
 
+def test_small_and_large_answers_of_one_stream_are_all_right(server):
+    """Large ones leave at once, small ones at the end of the server's turn."""
+    chance = random.Random(7)
+    sent = {
+        f"r{number}": np.full((chance.choice([1, 6]), 4096), number, np.float32)  # 16 or 96 KiB
+        for number in range(120)
+    }
+    answered = {}
+    for answer in stub(server).PredictStream(iter([item("wide", x, key) for key, x in sent.items()]), timeout=60):
+        assert answer.request_id not in answered
+        answered[answer.request_id] = tensors.decode(answer.response.outputs[0])
+    assert answered.keys() == sent.keys()
+    assert all(np.array_equal(answered[key], x) for key, x in sent.items())
+
+
 def test_a_client_that_does_not_read_is_not_read_either(server):
     sent = 0
 
