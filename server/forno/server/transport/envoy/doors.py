@@ -109,7 +109,7 @@ def transport_socket(settings: TlsSettings, folder: Path) -> dict[str, Any]:
     }
 
 
-def believed(door: Door, *, mutual: bool = False, forwarded: bool = True) -> dict[str, Any]:
+def believed(door: Door, *, mutual: bool, forwarded: bool) -> dict[str, Any]:
     """What a connection manager takes from a caller's headers, and what it writes into them.
 
     Args:

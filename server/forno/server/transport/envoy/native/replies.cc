@@ -75,11 +75,9 @@ void commit(const StreamPtr& stream, size_t size) {
 
 // Answers with one message.
 void answer(Reply* reply, const Piece* pieces, size_t count) {
-  reply->stream->reply(pieces, count);
+  const size_t size = reply->stream->reply(pieces, count);
   finish(reply);
   if (reply->is_item) reply->stream->item_done(reply->message.bytes.size());
-  size_t size = 0;
-  for (size_t i = 0; i < count; i++) size += pieces[i].size();
   commit(reply->stream, size);
 }
 

@@ -109,8 +109,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   // Loop side.
   void send(std::vector<Part> parts);
   // One message that is made of these pieces: the whole answer of a successful unary call, or one more of a streaming
-  // call. It leaves with the next `commit`.
-  void reply(const Piece* pieces, size_t count);
+  // call. It leaves with the next `commit`. Returns its size.
+  size_t reply(const Piece* pieces, size_t count);
   void commit();
   void let_in(bool remember);                 // has the request of one who asked taken in; of the next ones unasked
   void consumed(size_t bytes);                // the application has taken so much of the request

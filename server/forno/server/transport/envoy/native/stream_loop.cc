@@ -84,19 +84,20 @@ std::string& Stream::room_locked(size_t size) {
   return parts_.back().framed;
 }
 
-void Stream::reply(const Piece* pieces, size_t count) {
+size_t Stream::reply(const Piece* pieces, size_t count) {
   size_t size = 0;
   for (size_t i = 0; i < count; i++) size += pieces[i].size();
   char prefix[kPrefixBytes];
   write_prefix(prefix, size, false);
   replied = true;
   std::lock_guard<std::mutex> lock(mutex_);
-  if (gone_ || answered_) return;
+  if (gone_ || answered_) return size;
   answered_ = !method->request_streaming;
   std::string& out = answered_ ? reply_ : room_locked(kPrefixBytes + size);
   if (out.empty()) out.reserve(kPrefixBytes + size);
   out.append(prefix, kPrefixBytes);
   for (size_t i = 0; i < count; i++) out.append(pieces[i]);
+  return size;
 }
 
 void Stream::commit() { schedule(std::unique_lock<std::mutex>(mutex_)); }
